@@ -1,0 +1,552 @@
+"""Rows -> batches: manifests and tar shards, decoding, resampling, instructions, length buckets, task mixing.
+
+    python data.py A.jsonl B.jsonl 'shards/*.tar' [--decode]      # what is in there, and is all of it readable
+
+Knows no model: audio comes out as samples at 16 kHz, text as the ids that the tokenizer handed in makes of it.
+"""
+import argparse
+import glob
+import io
+import json
+import math
+import os
+import random
+import sys
+import tarfile
+from array import array
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import soundfile as sf
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+SAMPLE_RATE = 16_000
+AUDIO_SUFFIXES = (".flac", ".wav", ".mp3", ".ogg")
+
+# What to ask when a row has no instruction of its own: any task name, one line each; extend at will.
+# assumption: the paper gives no wording.
+TEMPLATES = {
+    "transcribe": ["Transcribe the speech.", "What is said?", "Write down the spoken words."],
+    "translate": ["Translate the speech into English.", "What is said, in English?"],
+    "language": ["Which language is spoken?", "Name the language of the speech.", "What language is this?"],
+    "accent": ["Which accent does the speaker have?", "Name the speaker's accent."],
+    "emotion": ["What emotion does the speaker show?", "How does the speaker feel?", "Name the emotion in the voice."],
+    "speaker": ["Who is speaking?", "Name the speaker.", "Which speaker is this?"],
+    "voice": ["Which voice is speaking?", "Name the voice."],
+    "gender": ["Is the speaker male or female?", "What is the speaker's gender?"],
+    "age": ["How old is the speaker?", "What age group is the speaker in?"],
+    "keyword": ["Which keyword is spoken?", "Name the spoken keyword.", "What is the keyword?"],
+    "command": ["Which word is spoken?", "Name the spoken command.", "What is the spoken word?"],
+    "intent": ["What does the speaker want?", "Name the intent of the speech."],
+    "count": ["How many are there?", "Count them."],
+    "speaker_count": ["How many people are speaking?", "Count the speakers.", "How many voices are there?"],
+    "spoof": ["Is the speech real or synthetic?", "Is this voice genuine?"],
+    "vocal_sound": ["What sound does the person make?", "Name the vocal sound."],
+    "sound_event": ["What makes this sound?", "Name the sound.", "What is heard?"],
+    "game_sound": ["What makes this sound?", "Name the sound.", "What is heard?"],
+    "scene": ["Where was this recorded?", "Name the acoustic scene."],
+    "tagging": ["Which sounds are heard? List them.", "List the tags of this audio.", "Name all sounds."],
+    "caption": ["Describe the audio.", "What happens in this audio?", "Write a caption for the audio."],
+    "question": ["Answer the question about the audio."],
+    "instrument": ["Which instrument is playing?", "Name the instrument.", "What instrument is this?"],
+    "genre": ["Which genre is this music?", "Name the genre.", "What kind of music is this?"],
+    "pitch": ["Which note is played?", "Name the note.", "What pitch is this?"],
+    "drum": ["Which drum is hit?", "Name the drum."],
+    "music_tagging": ["Which tags describe this music? List them.", "List the tags of this music."],
+    "music_caption": ["Describe the music.", "Write a caption for the music."],
+}
+
+
+# ---------------------------------------------------------------- audio
+
+class AudioError(ValueError):
+    """An audio file that cannot be used; the message is one line with its name and the reason."""
+
+
+def read_audio(source, max_seconds: float | None = None, name: str | None = None) -> torch.Tensor:
+    """A file's path or its bytes, of any rate, channel count and format -> (S,) float32 at 16 kHz, channels averaged."""
+    name = source if name is None and not isinstance(source, bytes) else name or "audio"
+    if not isinstance(source, bytes):
+        if not os.path.isfile(source):
+            raise AudioError(f"{name}: no such file")
+        source = Path(source).read_bytes()
+    if not source:
+        raise AudioError(f"{name}: the file is empty")
+    try:
+        with sf.SoundFile(io.BytesIO(source)) as f:
+            rate, frames, seconds = f.samplerate, f.frames, f.frames / f.samplerate
+            if max_seconds is not None and seconds > max_seconds + 1e-3:
+                raise AudioError(f"{name}: {seconds:.1f} s, longer than --max-seconds {max_seconds:g}; cut it or raise the limit")
+            samples = f.read(dtype="float32", always_2d=True)
+            cut = len(samples) < frames or _is_cut(source, f.extra_info)
+    except (sf.LibsndfileError, RuntimeError, OSError) as e:
+        raise AudioError(f"{name}: not readable as audio ({e})") from None
+    if cut:
+        raise AudioError(f"{name}: cut short, {len(samples)} samples are left; fetch it again")
+    if not len(samples):
+        raise AudioError(f"{name}: holds no samples")
+    audio = torch.from_numpy(samples.mean(1) if samples.shape[1] > 1 else samples[:, 0])
+    low, high = torch.aminmax(audio)
+    if not math.isfinite(low) or not math.isfinite(high):
+        raise AudioError(f"{name}: holds samples that are NaN or infinite")
+    if low == high == 0:
+        raise AudioError(f"{name}: all samples are zero")
+    try:
+        return resample(audio, rate)
+    except ValueError as e:
+        raise AudioError(f"{name}: {e}") from None
+
+
+def _is_cut(raw: bytes, log: str) -> bool:
+    """libsndfile reads what is left of a WAV or Ogg file that is cut short, and says so in its log at most."""
+    if raw[:4] == b"OggS":  # the last page must carry the end-of-stream flag
+        return not raw[raw.rfind(b"OggS") + 5] & 4
+    return raw[:4] == b"RIFF" and "(should be" in log.partition("\ndata :")[2].partition("\n")[0]
+
+
+@lru_cache(maxsize=32)
+def _sinc_kernel(old: int, new: int, zeros: int = 64, attenuation: float = 80.0):
+    """Kaiser-windowed sinc for each of `new` output phases: ((old + 2 * reach, new) float32, reach in input samples).
+
+    `zeros` zero crossings a side; images and aliases lie `attenuation` dB down (Kaiser's formulas), the pass band
+    ends about 4 % of the lower rate below its Nyquist frequency.
+    """
+    beta = 0.1102 * (attenuation - 8.7)
+    transition = (attenuation - 8) / (2.285 * 2 * zeros * math.pi)  # as a share of the lower Nyquist frequency
+    cutoff = min(old, new) * (1 - transition / 2)  # such that the stop band begins at that frequency
+    reach = math.ceil(zeros * old / cutoff)
+    if (old + 2 * reach) * new > 2**26:
+        raise ValueError(f"no practical filter from a rate of {old} to {new} parts; convert it to a common rate first")
+    taps = torch.arange(-reach, old + reach, dtype=torch.float64)[:, None]  # input samples around one block of `old`
+    t = (taps / old - torch.arange(new, dtype=torch.float64) / new) * cutoff  # in zero crossings
+    window = torch.special.i0(beta * (1 - (t / zeros).square()).clamp(min=0).sqrt()) / torch.special.i0(torch.tensor(beta))
+    kernel = torch.where(t.abs() < zeros, torch.sinc(t) * window, 0.0) * cutoff / old
+    return kernel.float(), reach
+
+
+def resample(audio: torch.Tensor, rate: int, new_rate: int = SAMPLE_RATE) -> torch.Tensor:
+    """Band-limited windowed-sinc resampling: (..., S) at `rate` -> (..., ceil(S * new_rate / rate))."""
+    if rate == new_rate:
+        return audio
+    step = math.gcd(rate, new_rate)
+    widen = max(1, 64 * step // new_rate)  # blocks of few outputs make a slow matrix product: take several at once
+    old, new = widen * rate // step, widen * new_rate // step
+    kernel, reach = _sinc_kernel(old, new)
+    blocks = -(-audio.shape[-1] // old)
+    padded = torch.nn.functional.pad(audio, (reach, reach + blocks * old - audio.shape[-1]))
+    out = padded.unfold(-1, len(kernel), old) @ kernel  # (..., blocks, new)
+    return out.flatten(-2)[..., : -(-audio.shape[-1] * new // old)]
+
+
+# ---------------------------------------------------------------- rows
+
+class Rows:
+    """The rows of JSON Lines manifests and WebDataset tars, read when asked for: only offsets stay in memory.
+
+    rows[i] is row i's dictionary, rows.audio(i) its samples, rows.name(i) its place for a message. Per row there are
+    `seconds` (float32), `task` and `split` (numbers into `tasks` and `splits`). About 27 bytes a row, in plain buffers
+    that forked workers share.
+
+    answers: every row must be fit for training (an answer, an instruction or a task with templates).
+    splits: only rows of these splits are kept (a row without split is "train"). max_seconds: no row may be longer.
+    Raises ValueError with one line for each of the first bad rows.
+    """
+
+    def __init__(self, paths, answers: bool = False, splits=None, max_seconds: float | None = None):
+        self.paths, self.tasks, self.splits = _expand(paths), [], []
+        self._files, self._problems = {}, []
+        self._answers, self._keep, self._max_seconds = answers, splits, max_seconds
+        self._numbers = ({}, {})  # task and split names -> numbers
+        columns = array("i"), array("q"), array("q"), array("f"), array("h"), array("h")
+        for number, path in enumerate(self.paths):
+            before = len(columns[0])
+            for row in self._scan_tar(path) if path.endswith(".tar") else self._scan_manifest(path):
+                for column, value in zip(columns, (number, *row)):
+                    column.append(value)
+            if len(columns[0]) == before and not self._problems and splits is None:
+                self._problem(path, "holds no rows")
+        if self._problems:
+            more = [f"... and {len(self._problems) - 10} more"] if len(self._problems) > 10 else []
+            raise ValueError("\n".join(self._problems[:10] + more))
+        types = np.int32, np.int64, np.int64, np.float32, np.int16, np.int16
+        self.file, self.at, self.audio_at, self.seconds, self.task, self.split = map(np.frombuffer, columns, types)
+        self.tasks, self.splits = (list(n) for n in self._numbers)
+
+    def __len__(self):
+        return len(self.at)
+
+    def __getstate__(self):  # open files do not travel to other processes
+        return self.__dict__ | {"_files": {}}
+
+    def _problem(self, where, what):
+        self._problems.append(f"{where}: {what}")
+
+    def _check(self, row, where, seconds_of):
+        """(seconds, task number, split number) of a parsed row, or None where it is left out or bad."""
+        task, split = str(row.get("task", "")), str(row.get("split", "train"))
+        if self._keep is not None and split not in self._keep:
+            return None
+        if self._answers:
+            if not isinstance(row.get("answer"), str) or not row["answer"].strip():
+                return self._problem(where, f"answer is {row.get('answer')!r}; training needs a text")
+            if not row.get("instruction") and task not in TEMPLATES:
+                return self._problem(where, f"no instruction, and task {task!r} has no templates; add either "
+                                            "(TEMPLATES in data.py)")
+        seconds = row["seconds"] if "seconds" in row else seconds_of()
+        if not isinstance(seconds, (int, float)) or not 0 <= seconds < math.inf:
+            return self._problem(where, f"seconds is {seconds!r}; need a number")
+        if self._max_seconds is not None and seconds > self._max_seconds + 1e-3:
+            return self._problem(where, f"{seconds:g} s, longer than --max-seconds {self._max_seconds:g}; cut it or raise the limit")
+        numbers = (names.setdefault(name, len(names)) for names, name in zip(self._numbers, (task, split)))
+        return seconds, *numbers
+
+    def _scan_manifest(self, path):
+        folder, at = Path(path).parent, 0
+        with open(path, "rb") as f:
+            for number, line in enumerate(f, 1):
+                start, at = at, at + len(line)
+                if line.isspace():
+                    continue
+                try:
+                    row = json.loads(line)
+                except ValueError as e:
+                    self._problem(f"{path}:{number}", f"not JSON ({e})")
+                    continue
+                if not isinstance(row, dict) or not isinstance(row.get("audio"), str) or not row["audio"]:
+                    self._problem(f"{path}:{number}", "lacks \"audio\", the clip's path relative to this file")
+                    continue
+                checked = self._check(row, f"{path}:{number}", lambda: _header_seconds(folder / row["audio"]))
+                if checked:
+                    yield start, -1, *checked
+
+    def _scan_tar(self, path):
+        """Pairs KEY.json with KEY.flac in the order they come, so that a key may occur again later."""
+        waiting = {}  # key -> {"json" or "audio": position of the member's header}
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for member in tar:
+                    key, suffix = os.path.splitext(member.name)
+                    kind = "json" if suffix == ".json" else "audio" if suffix.lower() in AUDIO_SUFFIXES else None
+                    if not member.isfile() or kind is None:
+                        continue
+                    part = waiting.setdefault(key, {})
+                    if kind in part:
+                        self._problem(f"{path}: {member.name}", "comes twice before its partner; give each clip its own key")
+                    part[kind] = member.offset_data - 512, member.offset_data, member.size
+                    if len(part) == 2:
+                        del waiting[key]
+                        yield from self._check_member(path, key, part)
+                if tar.offset + 512 > os.path.getsize(path):  # the two empty blocks at the end are not there
+                    self._problem(path, "cut short; fetch it again")
+        except (tarfile.ReadError, EOFError) as e:
+            self._problem(path, f"not a plain tar, or cut short ({e}); unpack a .gz first, else fetch it again")
+        for key, part in waiting.items():
+            self._problem(f"{path}: {key}", "audio without its .json" if "audio" in part else ".json without its audio")
+
+    def _check_member(self, path, key, part):
+        _, at, size = part["json"]
+        try:
+            row = json.loads(self._pread(path, size, at))
+        except ValueError as e:
+            return self._problem(f"{path}: {key}.json", f"not JSON ({e})")
+        if not isinstance(row, dict):
+            return self._problem(f"{path}: {key}.json", "not a JSON object")
+        _, at, size = part["audio"]
+        checked = self._check(row, f"{path}: {key}.json", lambda: _header_seconds(io.BytesIO(self._pread(path, size, at))))
+        if checked:
+            yield part["json"][0], part["audio"][0], *checked
+
+    def _pread(self, path, size, at) -> bytes:
+        """pread keeps no position, so forked workers can share an open file."""
+        if path not in self._files:
+            self._files[path] = os.open(path, os.O_RDONLY)
+        return os.pread(self._files[path], size, at)
+
+    def _member(self, path, at) -> tuple[str, bytes]:
+        """Name and content of the tar member whose header stands at `at`."""
+        info = tarfile.TarInfo.frombuf(self._pread(path, 512, at), "utf-8", "surrogateescape")
+        return info.name, self._pread(path, info.size, at + 512)
+
+    def __getitem__(self, i: int) -> dict:
+        path, at = self.paths[self.file[i]], int(self.at[i])
+        if self.audio_at[i] < 0:
+            line = self._pread(path, 4096, at)
+            while b"\n" not in line and (more := self._pread(path, 65536, at + len(line))):
+                line += more
+            return json.loads(line.split(b"\n", 1)[0])
+        row = json.loads(self._member(path, at)[1])
+        row.setdefault("audio", self._member(path, int(self.audio_at[i]))[0])
+        return row
+
+    def raw(self, i: int) -> bytes:
+        """The bytes of row i's audio file."""
+        path = self.paths[self.file[i]]
+        if self.audio_at[i] >= 0:
+            return self._member(path, int(self.audio_at[i]))[1]
+        file = Path(path).parent / self[i]["audio"]
+        try:
+            return file.read_bytes()
+        except OSError as e:
+            raise AudioError(f"{e.strerror}") from None
+
+    def audio(self, i: int, max_seconds: float | None = None) -> torch.Tensor:
+        """Row i's samples: (S,) float32 at 16 kHz. Raises AudioError."""
+        try:
+            return read_audio(self.raw(i), max_seconds, name="audio")
+        except AudioError as e:  # its place is worked out only now: that reads the manifest
+            raise AudioError(f"{self.name(i)}: {e}") from None
+
+    def name(self, i: int) -> str:
+        """Row i's place, for a message: manifest:line (audio), or tar (member)."""
+        path = self.paths[self.file[i]]
+        if self.audio_at[i] >= 0:
+            return f"{path} ({self._member(path, int(self.audio_at[i]))[0]})"
+        with open(path, "rb") as f:
+            line = f.read(int(self.at[i])).count(b"\n") + 1
+        return f"{path}:{line} ({self[i]['audio']})"
+
+    def where(self, split: str) -> np.ndarray:
+        """Numbers of the rows of a split, int32."""
+        if split not in self.splits:
+            return np.empty(0, np.int32)
+        return np.flatnonzero(self.split == self.splits.index(split)).astype(np.int32)
+
+
+def _expand(paths) -> list[str]:
+    found = []
+    for path in [paths] if isinstance(paths, (str, Path)) else paths:
+        hits = sorted(glob.glob(str(path))) or ([str(path)] if os.path.isfile(path) else [])
+        if not hits:
+            raise FileNotFoundError(f"{path}: no such manifest or tar")
+        found += hits
+    if twice := [p for p, n in Counter(map(os.path.realpath, found)).items() if n > 1]:
+        raise ValueError(f"{twice[0]}: named twice among the data")
+    return found
+
+
+def _header_seconds(file) -> float:
+    """Length by the file's header, 0 where it cannot be read: the clip is reported when its turn comes."""
+    try:
+        return sf.info(file).duration
+    except (sf.LibsndfileError, RuntimeError, OSError):
+        return 0.0
+
+
+# ---------------------------------------------------------------- sampling
+
+class Sampler:
+    """Endless seeded batches of row numbers: tasks mixed, lengths bucketed, each rank its own part.
+
+    Rows come in pools of a fixed number of batches. A pool takes from every task its exact share, next in line of
+    that task's shuffled passes; its rows are sorted by length, cut into batches of about `batch_seconds` (padding
+    counted), and the batches shuffled in groups of `group`, those of one update over all ranks. Any pool can thus
+    be made without the ones before it: the state is one number, the batches taken by all ranks together.
+
+    weights: {task: weight}; else tasks weigh rows ** (1 / temperature): 1 as they are, higher evens them out.
+    Iterating yields (batch number, row numbers), from `position` on.
+    """
+
+    POOL = 64  # batches, rounded up to whole groups
+
+    def __init__(self, rows: Rows, index, batch_seconds: float, seed: int = 0, temperature: float = 2.0,
+                 weights: dict | None = None, rank: int = 0, world: int = 1, group: int = 1):
+        self.rows, self.batch_seconds, self.seed, self.position = rows, batch_seconds, seed, 0
+        self.rank, self.world, self.group = rank, world, max(group, world)
+        self.pool_batches = -(-self.POOL // self.group) * self.group
+        tasks = rows.task[index]
+        self.members = {t: index[tasks == t] for t in np.unique(tasks).tolist()}
+        if not self.members:
+            raise ValueError("no rows to train on: no row has the split that --train-split names")
+        names = {rows.tasks[t]: t for t in self.members}
+        if unknown := set(weights or {}) - names.keys():
+            raise ValueError(f"weights name tasks that the data lacks: {sorted(unknown)}; it has {sorted(names)}")
+        size = {t: len(m) for t, m in self.members.items()}
+        weight = {t: (weights.get(rows.tasks[t], 0.0) if weights else n ** (1 / temperature)) for t, n in size.items()}
+        self.share = {t: w / sum(weight.values()) for t, w in weight.items() if w > 0}
+        mean = sum(s * float(rows.seconds[self.members[t]].mean()) for t, s in self.share.items())
+        self.pool_rows = max(self.pool_batches, 0.95 * self.pool_batches * batch_seconds / max(mean, 0.01))
+        self._passes, self._pool = {}, (None, None)
+
+    def _row(self, task: int, number: int) -> int:
+        """The `number`-th row of a task's endless line: pass after pass, each shuffled anew."""
+        members = self.members[task]
+        turn, at = divmod(number, len(members))
+        if self._passes.get(task, (None,))[0] != turn:
+            order = np.random.default_rng([self.seed, 1, task, turn]).permutation(len(members)).astype(np.int32)
+            self._passes[task] = turn, order
+        return int(members[self._passes[task][1][at]])
+
+    def _batches(self, pool: int) -> list[list[int]]:
+        if self._pool[0] == pool:
+            return self._pool[1]
+        picked = []
+        for task, share in self.share.items():
+            first, last = (round(self.pool_rows * share * p) for p in (pool, pool + 1))
+            picked += [self._row(task, n) for n in range(first, last)]
+        picked.sort(key=lambda i: (self.rows.seconds[i], i))
+        batches = cut_evenly(picked, self.rows.seconds[picked], self.pool_batches)
+        groups = [batches[i : i + self.group] for i in range(0, len(batches), self.group)]
+        np.random.default_rng([self.seed, 2, pool]).shuffle(groups)
+        self._pool = pool, [b for g in groups for b in g]
+        return self._pool[1]
+
+    def __iter__(self):
+        number = self.position + self.rank
+        while True:
+            pool, at = divmod(number, self.pool_batches)
+            yield number, self._batches(pool)[at]
+            number += self.world
+
+    def state_dict(self) -> dict:
+        return {"position": self.position}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.position = state["position"]
+
+
+def cut(rows, seconds, limit: float) -> list[list[int]]:
+    """Rows sorted by length -> runs of at most `limit` seconds each, padding counted; a longer row stands alone."""
+    runs, longest = [], 0.0
+    for row, s in zip(rows, np.maximum(seconds, 0.1)):  # even the shortest clip costs something: its text
+        longest = max(longest, s)
+        if not runs or (len(runs[-1]) + 1) * longest > limit:
+            runs.append([])
+            longest = s
+        runs[-1].append(row)
+    return runs
+
+
+def cut_evenly(rows, seconds, n: int) -> list[list[int]]:
+    """Rows sorted by length -> exactly n runs with the smallest possible limit."""
+    low, high = 0.0, float(len(rows) * max(seconds.max(), 0.1))
+    for _ in range(24):
+        middle = (low + high) / 2
+        low, high = (low, middle) if len(cut(rows, seconds, middle)) <= n else (middle, high)
+    runs = cut(rows, seconds, high)
+    while len(runs) < n:  # ties can leave a run too few: halve the fullest
+        i = max(range(len(runs)), key=lambda i: len(runs[i]))
+        half = len(runs[i]) // 2
+        runs[i : i + 1] = [runs[i][:half], runs[i][half:]]
+    return runs
+
+
+# ---------------------------------------------------------------- batches
+
+@dataclass(frozen=True)
+class Batch:
+    """audio (B, S) float32, zero beyond samples (B,) on the CPU; per row: ids of prompt and answer, task, row number.
+
+    skipped: (task, message) for each clip that could not be read.
+    """
+    audio: torch.Tensor
+    samples: torch.Tensor
+    prompts: list[list[int]]
+    answers: list[list[int]]
+    tasks: list[str]
+    rows: list[int]
+    instructions: list[str]
+    texts: list[str]
+    skipped: list[tuple[str, str]]
+
+    def pin_memory(self):
+        return replace(self, audio=self.audio.pin_memory())
+
+    def to(self, device):
+        return replace(self, audio=self.audio.to(device, non_blocking=True))
+
+
+class Batches(Dataset):
+    """(batch number, row numbers) -> Batch: reads, resamples, draws instructions, tokenises. Runs in the workers.
+
+    tokenizer: has prompt(instruction) -> ids and answer(text) -> ids.
+    """
+
+    def __init__(self, rows: Rows, tokenizer, seed: int = 0, max_seconds: float | None = None):
+        self.rows, self.tokenizer, self.seed, self.max_seconds = rows, tokenizer, seed, max_seconds
+
+    def _read(self, numbers):
+        """Clips of the rows that can be read, and what went wrong with the others."""
+        clips, skipped = {}, []
+        for i in numbers:
+            try:
+                clips[i] = self.rows.audio(i, self.max_seconds)
+            except AudioError as e:
+                skipped.append((self.rows.tasks[self.rows.task[i]], str(e)))
+        return clips, skipped
+
+    def __getitem__(self, spec) -> Batch:
+        number, wanted = spec
+        clips, skipped = self._read(wanted)
+        extra = wanted[0]
+        while not clips:  # every rank must have a batch: look for the next readable row
+            extra = (extra + 1) % len(self.rows)
+            if extra == wanted[0] or len(skipped) > len(wanted) + 20:
+                raise AudioError(f"over 20 clips in a row cannot be read; the last: {skipped[-1][1]}")
+            clips, more = self._read([extra])
+            skipped += more
+            wanted = [*wanted, extra]
+        kept = [i for i in wanted if i in clips]
+        draw = random.Random(f"{self.seed}/{number}")
+        rows = [self.rows[i] for i in kept]
+        instructions = [r.get("instruction") or draw.choice(TEMPLATES[r["task"]]) for r in rows]
+        samples = torch.tensor([len(clips[i]) for i in kept])
+        audio = torch.zeros(len(kept), int(samples.max()))
+        for line, i in zip(audio, kept):
+            line[: len(clips[i])] = clips[i]
+        return Batch(audio, samples, [self.tokenizer.prompt(t) for t in instructions],
+                     [self.tokenizer.answer(r["answer"].strip()) for r in rows], [str(r.get("task", "")) for r in rows],
+                     kept, instructions, [r["answer"].strip() for r in rows], skipped)
+
+
+def loader(batches: Batches, specs, workers: int, pin_memory: bool = False) -> DataLoader:
+    """Batches of `specs` in their order, made by `workers` processes (0: here)."""
+    return DataLoader(batches, batch_size=None, sampler=specs, num_workers=workers, pin_memory=pin_memory,
+                      prefetch_factor=4 if workers else None)
+
+
+def held_out(rows: Rows, split: str, per_task: int, batch_seconds: float, seed: int = 0) -> list[tuple[int, list[int]]]:
+    """Specs of a fixed held-out set: up to `per_task` rows of each task (0: all), in batches by length."""
+    index, picked = rows.where(split), []
+    for task in np.unique(rows.task[index]):
+        members = index[rows.task[index] == task]
+        order = np.random.default_rng([seed, 3, int(task)]).permutation(len(members))
+        picked += members[order[: per_task or None]].tolist()
+    picked.sort(key=lambda i: (rows.seconds[i], i))
+    return list(enumerate(cut(picked, rows.seconds[picked], batch_seconds)))
+
+
+# ---------------------------------------------------------------- command line
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("data", nargs="+", help="manifests (.jsonl) and tars; globs work")
+    p.add_argument("--decode", action="store_true", help="decode every clip, name those that cannot be read")
+    args = p.parse_args()
+    try:
+        rows = Rows(args.data)
+    except (OSError, ValueError) as e:
+        sys.exit(f"error: {e}")
+    print(f"{'task':20s} {'rows':>9s} {'hours':>8s} {'longest':>8s}  splits")
+    for t, task in enumerate(rows.tasks):
+        mine = rows.task == t
+        splits = Counter(rows.splits[s] for s in rows.split[mine].tolist())
+        seconds = rows.seconds[mine]
+        print(f"{task or '(none)':20s} {mine.sum():9d} {seconds.sum(dtype=float) / 3600:8.2f} {seconds.max():7.1f}s  {dict(splits)}")
+    if args.decode:
+        bad = 0
+        for i in range(len(rows)):
+            try:
+                rows.audio(i)
+            except AudioError as e:
+                bad += 1
+                print(e)
+        print(f"{bad} of {len(rows)} clips cannot be read")
+        sys.exit(1 if bad else 0)
+
+
+if __name__ == "__main__":
+    main()
