@@ -322,9 +322,11 @@ class QwenAttention(nn.Module):
         self.q_norm = RMSNorm(self.dim, c["rms_norm_eps"]) if qwen3 else nn.Identity()
         self.k_norm = RMSNorm(self.dim, c["rms_norm_eps"]) if qwen3 else nn.Identity()
 
-    def forward(self, x, cos, sin, mask=None, cache=None, positions=None):
-        q, k, v = (p(x).unflatten(-1, (-1, self.dim)) for p in (self.q_proj, self.k_proj, self.v_proj))  # (B, L, H, D / H)
+    def forward(self, x, cos, sin, pack=None, mask=None, cache=None, positions=None):
+        q, k, v = (p(x).unflatten(-1, (-1, self.dim)) for p in (self.q_proj, self.k_proj, self.v_proj))  # (N or B, L, H, D / H)
         q, k = _rotate(self.q_norm(q), cos, sin), _rotate(self.k_norm(k), cos, sin)
+        if pack is not None:
+            q, k, v = (pack.unpack(t) for t in (q, k, v))  # (B, L, H, D / H)
         if cache is not None:  # write at `positions`, then look at all that is written
             rows = torch.arange(len(x), device=x.device)[:, None]
             for stored, new in zip(cache, (k, v)):
@@ -334,11 +336,26 @@ class QwenAttention(nn.Module):
             k, v = k.repeat_interleave(self.groups, 2), v.repeat_interleave(self.groups, 2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        y = y.transpose(1, 2).flatten(2)  # (B, L, D)
+        return self.o_proj(y if pack is None else pack.pack(y))
+
+
+class Pack:
+    """The real tokens of right-padded rows (B, L) as one run (N): what works on single tokens skips the padding."""
+
+    def __init__(self, lengths: torch.Tensor, length: int, device):
+        keep = torch.arange(length) < lengths.cpu()[:, None]
+        self.shape, self.index = keep.shape, keep.flatten().nonzero()[:, 0].to(device, non_blocking=True)
+
+    def pack(self, x):  # (B, L, ...) -> (N, ...)
+        return x.flatten(0, 1).index_select(0, self.index)
+
+    def unpack(self, x):  # (N, ...) -> (B, L, ...), padding zero
+        return x.new_zeros(self.shape.numel(), *x.shape[1:]).index_copy(0, self.index, x).unflatten(0, self.shape)
 
 
 def _rotate(x, cos, sin):
-    """Rotary positions: x (B, L, H, D / H), cos and sin (B or 1, L, 1, D / H)."""
+    """Rotary positions: x (..., H, D / H), cos and sin (..., 1, D / H)."""
     low, high = x.chunk(2, -1)
     return x * cos + torch.cat((-high, low), -1) * sin
 
@@ -361,8 +378,8 @@ class QwenLayer(nn.Module):
         self.input_layernorm = RMSNorm(c["hidden_size"], c["rms_norm_eps"])
         self.post_attention_layernorm = RMSNorm(c["hidden_size"], c["rms_norm_eps"])
 
-    def forward(self, x, cos, sin, mask=None, cache=None, positions=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, positions)
+    def forward(self, x, cos, sin, pack=None, mask=None, cache=None, positions=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, pack, mask, cache, positions)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -420,30 +437,32 @@ class QwenDecoder(nn.Module):
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         return self.embed_tokens(ids)  # (B, L, D)
 
-    def forward(self, embeds: torch.Tensor, positions: torch.Tensor | None = None, cache=None) -> torch.Tensor:
+    def forward(self, embeds: torch.Tensor, lengths: torch.Tensor | None = None, cache=None, positions=None):
         """embeds (B, L, D) -> hidden (B, L, D), after the last norm. Causal; pad on the right.
 
-        With `cache` (see new_cache) the L tokens stand at positions (B, L) of each row, and see what the cache
-        holds at earlier ones.
+        lengths (B,) on the CPU: padding beyond them is skipped, its hidden states are zero. With `cache` (see
+        new_cache) the L tokens stand at positions (B, L) of each row, and see what the cache holds up to there.
         """
-        x = embeds.to(self.embed_tokens.weight.dtype)
+        x, pack, mask = embeds.to(self.embed_tokens.weight.dtype), None, None
+        if cache is None:
+            positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+            if lengths is not None and bool((lengths < x.shape[1]).any()):
+                pack = Pack(lengths, x.shape[1], x.device)
+                x, positions = pack.pack(x), pack.pack(positions)  # (N, D), (N,)
+        else:
+            mask = torch.arange(cache[0][0].shape[1], device=x.device) <= positions[:, None, :, None]  # (B, 1, L, K)
         with torch.autocast(x.device.type, enabled=False):
-            mask = None
-            if cache is None:
-                where = torch.arange(x.shape[1], device=x.device)[None]
-            else:
-                where = positions
-                mask = (torch.arange(cache[0][0].shape[1], device=x.device) <= positions[:, None, :, None])  # (B, 1, L, K)
             half = torch.arange(0, self.config["head_dim"], 2, device=x.device).float() / self.config["head_dim"]
-            angles = where[:, :, None].float() * self.config["rope_theta"] ** -half
-            angles = torch.cat((angles, angles), -1)[:, :, None]  # (B or 1, L, 1, D / H)
+            angles = positions[..., None].float() * self.config["rope_theta"] ** -half
+            angles = torch.cat((angles, angles), -1)[..., None, :]  # (N or B, L, 1, D / H)
             cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
             for i, layer in enumerate(self.layers):
                 if cache is None:
-                    x = _run_layer(self, layer, x, cos, sin)
+                    x = _run_layer(self, layer, x, cos, sin, pack)
                 else:
-                    x = layer(x, cos, sin, mask, cache[i], positions)
-            return self.norm(x)
+                    x = layer(x, cos, sin, None, mask, cache[i], positions)
+            x = self.norm(x)
+        return x if pack is None else pack.unpack(x)
 
     def new_cache(self, batch: int, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Empty keys and values for every layer: (B, length, kv heads, D / H)."""
@@ -461,7 +480,8 @@ class QwenDecoder(nn.Module):
         lengths = lengths.to(embeds.device)
         cache = self.new_cache(b, l + max_new_tokens)
         rows = torch.arange(b, device=embeds.device)
-        hidden = self(embeds, torch.arange(l, device=embeds.device).expand(b, l), cache)[rows, lengths - 1]
+        start = torch.arange(l, device=embeds.device).expand(b, l)
+        hidden = self(embeds, cache=cache, positions=start)[rows, lengths - 1]
         ends = torch.tensor(sorted(stop), device=embeds.device)
         ids, done = [], torch.zeros(b, dtype=torch.bool, device=embeds.device)
         for step in range(max_new_tokens):
@@ -469,7 +489,7 @@ class QwenDecoder(nn.Module):
             done |= torch.isin(ids[-1], ends)
             if done.all() or step == max_new_tokens - 1:
                 break
-            hidden = self(self.embed(ids[-1][:, None]), (lengths + step)[:, None], cache)[:, 0]
+            hidden = self(self.embed(ids[-1][:, None]), cache=cache, positions=(lengths + step)[:, None])[:, 0]
         rows = torch.stack(ids, 1).tolist() if ids else [[] for _ in range(b)]
         return [row[: next((i for i, t in enumerate(row) if t in stop), len(row))] for row in rows]
 
@@ -573,8 +593,8 @@ class UniWhisper(nn.Module):
         Both are sums over the batch, or with `per_row` (B,) sums of each clip. lm_head sees the answer positions
         alone: the (B, L, V) logits never exist.
         """
-        embeds, _, predict = self._embed_chat(batch.audio, batch.samples, batch.prompts, batch.answers)
-        hidden = self.decoder(embeds).flatten(0, 1).index_select(0, predict)  # (answer tokens, D)
+        embeds, lengths, predict = self._embed_chat(batch.audio, batch.samples, batch.prompts, batch.answers)
+        hidden = self.decoder(embeds, lengths).flatten(0, 1).index_select(0, predict)  # (answer tokens, D)
         labels = torch.tensor([i for y in batch.answers for i in y]).to(hidden.device, non_blocking=True)
         with torch.autocast(hidden.device.type, enabled=False):
             losses = self._answer_losses(hidden, labels)

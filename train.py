@@ -1,0 +1,558 @@
+"""Train a Whisper encoder through an adapter and a frozen Qwen language model, on audio + instruction -> answer.
+
+    python train.py                                     # the embedded example: two cores, under three minutes
+    python train.py --data suite/*.jsonl --encoder whisper-base --decoder qwen2.5-0.5b --out out/first
+    torchrun --nproc-per-node=8 train.py ...            # several GPUs; with --nnodes, several machines
+    python train.py ... --resume                        # go on from the newest checkpoint, to the same bits
+
+OUT gets config.json, metrics.jsonl, checkpoints/ and, at the end, encoder/ in Hugging Face's Whisper layout.
+"""
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch.nn.parallel import DistributedDataParallel
+
+from data import Batches, Rows, Sampler, held_out, loader
+from uniwhisper import UniWhisper, load_strictly, newest_checkpoint, read_weights, save_encoder
+
+HERE = Path(__file__).parent
+BAD_STEPS_IN_A_ROW = 5  # non-finite updates after which a run ends (25 with fp16, which first has to find its scale)
+PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def flag(default, help, **more):
+    return field(default=default, metadata={"help": help, **more})
+
+
+@dataclass(frozen=True)
+class Settings:
+    # data
+    data: tuple[str, ...] = flag((), "manifests (.jsonl) and tars; globs work. Without: the embedded example", nargs="+")
+    train_split: tuple[str, ...] = flag(("train",), "splits to train on (a row without split is train)", nargs="+")
+    valid_split: str = flag("valid", "split whose loss is reported, never trained on")
+    max_seconds: float = flag(30.0, "longest clip")
+    batch_seconds: float = flag(200.0, "audio seconds in a batch, padding counted")
+    accumulate: int = flag(1, "batches per update and rank")
+    temperature: float = flag(2.0, "a task of n rows weighs n ** (1 / temperature)")
+    task_weights: tuple[str, ...] = flag((), "explicit mixture instead, as TASK=WEIGHT; other tasks are left out", nargs="+")
+    workers: int = flag(4, "processes per rank that read audio; the stream is the same for any number")
+    # model
+    encoder: str = flag("", "Whisper folder to start from")
+    decoder: str = flag("", "Qwen folder, frozen")
+    stack: int = flag(4, "encoder tokens of 20 ms that the adapter joins into one audio token")
+    # optimisation; assumption: the paper gives none of these values
+    steps: int = flag(10_000, "updates")
+    lr_encoder: float = flag(1e-4, "encoder's peak learning rate")
+    lr_adapter: float = flag(1e-3, "adapter's peak learning rate")
+    warmup: int = flag(100, "updates of linear warm-up; then a cosine to a tenth")
+    freeze_encoder: int = flag(0, "first updates that train the adapter alone")
+    weight_decay: float = flag(0.01, "AdamW's, on matrices")
+    clip: float = flag(1.0, "largest gradient norm")
+    loss: str = flag("token", "mean over all answer tokens of an update, or over its clips", choices=("token", "example"))
+    precision: str = flag("", "default: bf16 where the device has it, else fp32", choices=tuple(PRECISIONS))
+    seed: int = flag(0, "of the adapter, the sampler and the instructions")
+    # speed and memory
+    device: str = flag("", "default: cuda if there is one, else cpu")
+    compile: bool = flag(False, "torch.compile each layer")
+    checkpoint_layers: bool = flag(False, "recompute layers in backward: less memory, about a third more time")
+    # reports and checkpoints
+    out: str = flag("out", "folder of the run")
+    log_every: int = flag(10, "updates between log lines")
+    eval_every: int = flag(500, "updates between held-out evaluations")
+    eval_clips: int = flag(64, "held-out clips per task for the loss (0: all)")
+    samples: int = flag(20, "held-out questions that the model answers at each evaluation")
+    save_every: int = flag(500, "updates between checkpoints")
+    keep: int = flag(2, "checkpoints kept")
+    probe_every: int = flag(0, "updates between kNN probes of the encoder (0: none)")
+    probe_data: tuple[str, ...] = flag((), "manifests and tars for these probes", nargs="+")
+    resume: bool = flag(False, "go on from OUT's newest checkpoint")
+
+
+# What may differ when a run is resumed; everything else would change its numbers.
+FREE_ON_RESUME = {"resume", "out", "workers", "log_every", "save_every", "keep", "checkpoint_layers",
+                  "eval_every", "eval_clips", "samples", "probe_every", "probe_data", "data"}
+# The embedded example: what `python train.py` alone means.
+EXAMPLE = dict(encoder=str(HERE / "weights/tiny/encoder"), decoder=str(HERE / "weights/tiny/decoder"), out="out/example",
+               steps=400, batch_seconds=32.0, warmup=20, lr_encoder=1e-3, lr_adapter=2e-3, workers=0, log_every=25,
+               eval_every=200, save_every=200, samples=36)
+
+
+def parse(argv=None) -> Settings:
+    """Command line -> resolved settings. Raises ValueError for what does not fit together."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                argument_default=argparse.SUPPRESS)
+    for f in dataclasses.fields(Settings):
+        extra = {k: f.metadata[k] for k in ("nargs", "choices") if k in f.metadata}
+        kind = {"action": "store_true"} if f.type is bool else {"type": str if "nargs" in extra else f.type, **extra}
+        text = f.metadata["help"] + ("" if f.default in ((), "", False) else f" ({f.default})")
+        p.add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(p.parse_args(argv)).items()}
+    s = Settings(**(given if "data" in given else EXAMPLE | given))
+    for name in ("encoder", "decoder"):
+        if not getattr(s, name):
+            raise ValueError(f"--data needs --{name}, a Hugging Face folder; see weights/README.md")
+    for name in ("steps", "batch_seconds", "accumulate", "stack", "max_seconds", "temperature", "log_every", "eval_every",
+                 "save_every", "keep"):
+        if getattr(s, name) <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(s, name)}; it must be above 0")
+    if s.valid_split in s.train_split:
+        raise ValueError(f"--valid-split {s.valid_split} is also in --train-split: the held-out loss would be trained on")
+    device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    fast_bf16 = torch.cuda.is_bf16_supported() if device == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    return dataclasses.replace(
+        s, device=device, precision=s.precision or ("bf16" if fast_bf16 else "fp32"), out=os.path.abspath(s.out),
+        encoder=os.path.abspath(s.encoder), decoder=os.path.abspath(s.decoder))
+
+
+# ---------------------------------------------------------------- ranks
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among all; one process needs no torchrun."""
+    rank: int
+    world: int
+    device: torch.device
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, thing) -> list:
+        """Each rank's `thing`, on rank 0 (elsewhere a list of None)."""
+        if self.world == 1:
+            return [thing]
+        things = [None] * self.world
+        dist.gather_object(thing, things if self.rank == 0 else None)
+        return things
+
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            print(text, flush=True)
+
+
+def start_ranks(s: Settings) -> Ranks:
+    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local) if s.device == "cuda" else torch.device(s.device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Ranks(int(os.environ.get("RANK", 0)), world, device)
+
+
+# ---------------------------------------------------------------- model, optimizer, schedule
+
+def build_model(s: Settings, ranks: Ranks, checkpoint: Path | None) -> UniWhisper:
+    """Encoder and adapter in float32, from a checkpoint if there is one; the decoder in the compute dtype, so that no
+    step casts its weights."""
+    torch.manual_seed(s.seed)  # the adapter's start, the same on every rank
+    encoder = checkpoint / "encoder" if checkpoint else s.encoder
+    model = UniWhisper.from_folders(encoder, s.decoder, s.stack, PRECISIONS[s.precision])
+    if checkpoint:
+        load_strictly(model.adapter, read_weights(checkpoint / "adapter"), checkpoint / "adapter")
+    model.to(ranks.device)
+    model.encoder.checkpoint_layers = model.decoder.checkpoint_layers = s.checkpoint_layers
+    if s.compile:
+        for layer in [*model.encoder.layers, *model.decoder.layers]:
+            layer.compile(dynamic=True)  # one graph for all lengths
+    return model.train()
+
+
+def build_optimizer(s: Settings, model: UniWhisper) -> torch.optim.AdamW:
+    groups = []
+    for part, lr in ((model.encoder, s.lr_encoder), (model.adapter, s.lr_adapter)):
+        weights = [p for p in part.parameters() if p.requires_grad]
+        groups.append(dict(params=[p for p in weights if p.ndim > 1], peak=lr, weight_decay=s.weight_decay))
+        groups.append(dict(params=[p for p in weights if p.ndim < 2], peak=lr, weight_decay=0.0))
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.98), fused=True)
+
+
+def set_rates(s: Settings, optimizer, step: int) -> None:
+    """Linear warm-up, then a cosine to a tenth; the encoder's own warm-up begins when it is let go."""
+    cosine = 0.55 + 0.45 * math.cos(math.pi * min(1.0, step / s.steps))
+    for i, group in enumerate(optimizer.param_groups):
+        start = s.freeze_encoder if i < 2 else 0  # the first two groups are the encoder's
+        group["lr"] = group["peak"] * cosine * max(0.0, min(1.0, (step + 1 - start) / max(1, s.warmup)))
+
+
+def wrap(s: Settings, model: UniWhisper, ranks: Ranks, step: int):
+    """Freeze or free the encoder for this step; over several ranks, DDP around what trains from here on."""
+    for name, p in model.encoder.named_parameters():
+        p.requires_grad_(step >= s.freeze_encoder and name != "embed_positions.weight")
+    if ranks.world == 1:
+        return model
+    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def autocast(s: Settings):
+    return torch.autocast(s.device, PRECISIONS[s.precision], enabled=s.precision != "fp32")
+
+
+# ---------------------------------------------------------------- checkpoints
+
+def save_checkpoint(s: Settings, model, state: dict, step: int) -> None:
+    """Write checkpoints/step-N beside and rename it: a folder of that name is whole, or not there.
+
+    The folder holds encoder/ (a Whisper folder: probe.py and uniwhisper.py read it), adapter/ and trainer.pt.
+    """
+    folder = Path(s.out) / "checkpoints"
+    final, writing = folder / f"step-{step:08d}", folder / f".writing-{step:08d}"
+    if final.exists():
+        return
+    try:
+        for stale in folder.glob(".*-*"):
+            shutil.rmtree(stale)
+        (writing / "adapter").mkdir(parents=True)
+        save_encoder(model.encoder, writing / "encoder")
+        save_file(model.adapter.state_dict(), writing / "adapter" / "model.safetensors")
+        torch.save(state, writing / "trainer.pt")
+        for path in [*writing.rglob("*"), writing]:
+            flush(path)
+        writing.rename(final)
+        flush(folder)
+    except Exception as e:  # safetensors and torch.save raise classes of their own when the disk is full
+        shutil.rmtree(writing, ignore_errors=True)
+        raise OSError(f"cannot save {final}: {e}; make room and --resume from {newest_checkpoint(s.out) or 'the start'}") from e
+    for old in sorted(folder.glob("step-*"))[: -s.keep]:
+        shutil.rmtree(old.rename(folder / f".old-{old.name}"))
+
+
+def flush(path: Path) -> None:
+    """fsync a file or folder, so that the rename cannot reach the disk before what it names."""
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def rng_state(ranks: Ranks) -> dict:
+    cuda = torch.cuda.get_rng_state(ranks.device) if ranks.device.type == "cuda" else None
+    return {"torch": torch.get_rng_state(), "python": random.getstate(), "cuda": cuda}
+
+
+def load_state(s: Settings, checkpoint: Path, ranks: Ranks, rows: Rows) -> dict:
+    """The trainer's part of a checkpoint. Raises ValueError if it was made with other settings."""
+    state = torch.load(checkpoint / "trainer.pt", map_location="cpu")
+    then, now = state["settings"], fixed_settings(s, ranks, rows)
+    differ = [f"{k} was {then.get(k)!r}, is {v!r}" for k, v in now.items() if then.get(k) != v]
+    if differ:
+        raise ValueError(f"--resume of {checkpoint} with other settings: {'; '.join(differ)}; use the same, or another --out")
+    mine = state["random"][ranks.rank]
+    torch.set_rng_state(mine["torch"])
+    random.setstate(mine["python"])
+    if mine["cuda"] is not None:
+        torch.cuda.set_rng_state(mine["cuda"], ranks.device)
+    return state
+
+
+def fixed_settings(s: Settings, ranks: Ranks, rows: Rows) -> dict:
+    """All that decides a run's numbers, as plain values."""
+    kept = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(s).items() if k not in FREE_ON_RESUME}
+    return kept | {"ranks": ranks.world, "rows": len(rows), "seconds": round(float(rows.seconds.sum(dtype=float)), 2)}
+
+
+# ---------------------------------------------------------------- reports
+
+class Log:
+    """Sums since the last line, per task, kept on the device until a line is due; writes metrics.jsonl."""
+
+    def __init__(self, s: Settings, ranks: Ranks, tasks: list[str], step: int):
+        self.s, self.ranks, self.tasks = s, ranks, tasks
+        self.numbers = {t: i for i, t in enumerate(tasks)}
+        self.sums = torch.zeros(len(tasks), 2, dtype=torch.float64, device=ranks.device)  # loss, answer tokens
+        self.seen = torch.zeros(len(tasks), 2, dtype=torch.float64)  # clips read, clips that could not be read
+        self.audio, self.first, self.since = 0.0, step, step
+        self.start = self.mark = time.perf_counter()
+        self.path = Path(s.out) / "metrics.jsonl"
+        if ranks.rank == 0:  # what a killed run wrote after its last checkpoint is going to be written again
+            lines = self.path.read_text().splitlines() if self.path.exists() else []
+            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+            self.path.write_text("".join(line + "\n" for line in kept) if step else "")
+
+    def count(self, batches) -> None:
+        """Name what could not be read; end the run when it is too much."""
+        for batch in batches:
+            for task, message in batch.skipped:
+                print(f"skipped: {message}", file=sys.stderr, flush=True)
+                self.seen[self.numbers[task], 1] += 1
+            for task in batch.tasks:
+                self.seen[self.numbers[task], 0] += 1
+            self.audio += batch.samples.sum().item() / 16_000
+        read, bad = self.seen.sum(0).tolist()
+        if bad > max(10, 0.01 * (read + bad)):
+            raise ValueError(f"{bad:.0f} of {read + bad:.0f} clips could not be read, over 1 %; they are named above: repair them "
+                             "or take them out")
+
+    def write(self, step: int, **values) -> None:
+        if self.ranks.rank == 0:
+            with open(self.path, "a") as f:
+                f.write(json.dumps({"step": step, **values}, ensure_ascii=False) + "\n")
+
+    def line(self, step: int, optimizer, norm: float) -> None:
+        """The dense line of an interval, on the console and as JSON."""
+        sums = self.ranks.sum(self.sums.clone()).tolist()
+        total = self.ranks.sum(torch.cat((torch.tensor([self.audio], dtype=torch.float64), self.seen[:, 1])).to(self.ranks.device))
+        audio, *skipped = total.tolist()
+        now = time.perf_counter()
+        per_task = {t: loss / n for t, (loss, n) in zip(self.tasks, sums) if n}
+        rates = sorted({g["lr"] for g in optimizer.param_groups})
+        left = (now - self.start) / max(1, step - self.first) * (self.s.steps - step)
+        values = dict(loss=sum(a for a, _ in sums) / max(1, sum(n for _, n in sums)), tasks=per_task, norm=norm, lr=rates,
+                      audio_seconds_per_second=audio / (now - self.mark), memory_gib=peak_memory(self.ranks.device),
+                      skipped={t: int(n) for t, n in zip(self.tasks, skipped) if n})
+        self.write(step, **values)
+        self.ranks.say(f"step {step:>{len(str(self.s.steps))}}/{self.s.steps}  loss {values['loss']:.3f}  ("
+                       + "  ".join(f"{t} {v:.2f}" for t, v in per_task.items())
+                       + f")  lr {'/'.join(f'{r:.1e}' for r in rates)}  norm {norm:.2f}  "
+                       f"{values['audio_seconds_per_second']:.1f} s/s  {values['memory_gib']:.1f} GiB  left {clock(left)}")
+        self.sums.zero_()
+        self.audio, self.mark, self.since = 0.0, now, step
+
+
+def clock(seconds: float) -> str:
+    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
+
+
+def peak_memory(device) -> float:
+    """GiB at most so far: of the GPU, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+@torch.no_grad()
+def evaluate(s: Settings, model, ranks: Ranks, batches: Batches, specs) -> dict[str, float]:
+    """Held-out loss per task (mean over answer tokens), each rank doing its part of the batches."""
+    numbers = {t: i for i, t in enumerate(batches.rows.tasks)}
+    sums = torch.zeros(len(numbers), 2, dtype=torch.float64, device=ranks.device)
+    for batch in loader(batches, specs[ranks.rank :: ranks.world], s.workers):
+        with autocast(s):
+            losses, tokens = model(batch.to(ranks.device), per_row=True)
+        tally(sums, numbers, batch, losses, tokens)
+    return {t: loss / n for t, (loss, n) in zip(numbers, ranks.sum(sums).tolist()) if n}
+
+
+def tally(sums, numbers, batch, losses, tokens) -> None:
+    """Add a batch's losses and answer tokens (B,) to its tasks' sums (tasks, 2)."""
+    task = torch.tensor([numbers[t] for t in batch.tasks]).to(sums.device, non_blocking=True)
+    values = torch.stack((losses.detach().double(), tokens.to(sums.device, non_blocking=True).double()), 1)
+    sums.index_add_(0, task, values)
+
+
+def ask(s: Settings, model, ranks: Ranks, batches: Batches, specs) -> list[dict]:
+    """Answers to the first of each task's held-out questions, beside the truth."""
+    rows, by_task = batches.rows, {}
+    for i in sorted(i for _, spec in specs for i in spec):
+        by_task.setdefault(int(rows.task[i]), []).append(i)
+    turns = [i for turn in itertools.zip_longest(*by_task.values()) for i in turn if i is not None]
+    picked = sorted(turns[: s.samples], key=lambda i: rows.seconds[i])
+    answers = []
+    for n in range(0, len(picked), 8):
+        batch = batches[n, picked[n : n + 8]]
+        with autocast(s):
+            texts = model.generate(batch.audio.to(ranks.device), batch.instructions, 48, batch.samples)
+        answers += [dict(task=t, instruction=q, truth=a, answer=b)
+                    for t, q, a, b in zip(batch.tasks, batch.instructions, batch.texts, texts)]
+    return sorted(answers, key=lambda a: a["task"])
+
+
+def report(s: Settings, model, ranks: Ranks, log: Log, batches: Batches, specs, step: int, before: dict | None) -> dict:
+    """Held-out losses (beside those before training, if known) and a few answers, on the console and in metrics.jsonl."""
+    losses = evaluate(s, model, ranks, batches, specs)
+    log.write(step, held_out=losses)
+    was = lambda t: f"{before[t]:.3f} -> " if before else ""
+    ranks.say(f"step {step}/{s.steps}  held-out loss: " + "  ".join(f"{t} {was(t)}{v:.3f}" for t, v in losses.items()))
+    if s.samples and specs and ranks.rank == 0:
+        answers = ask(s, model, ranks, batches, specs)
+        plain = lambda text: " ".join(text.casefold().strip(" .!?\"'").split())
+        right = sum(plain(a["truth"]) == plain(a["answer"]) for a in answers)
+        for a in answers:
+            ranks.say(f"    {a['task']:14s} {a['instruction'][:40]:40s}  truth: {a['truth'][:50]:30s}  answer: {a['answer'][:60]!r}")
+        ranks.say(f"step {step}/{s.steps}  held-out answers right: {right} of {len(answers)}")
+        log.write(step, answers=answers, right=right)
+    return losses
+
+
+def probe(s: Settings, model, ranks: Ranks, log: Log, step: int) -> None:
+    """kNN scores of the encoder as it is now, on held-out tasks."""
+    if ranks.rank == 0:
+        from probe import knn_scores
+
+        scores = knn_scores(model.encoder, s.probe_data, ranks.device)
+        model.train()
+        log.write(step, knn=scores)
+        ranks.say(f"step {step}/{s.steps}  kNN: " + "  ".join(f"{t} {v:.3f}" for t, v in scores.items()))
+
+
+# ---------------------------------------------------------------- training
+
+def open_data(s: Settings, ranks: Ranks) -> Rows:
+    """The rows of the training and held-out splits; for the example, clips synthesised by rank 0."""
+    data = s.data
+    if not data:
+        from weights.make_clips import write_clips
+
+        folder = Path(s.out) / "clips"
+        if ranks.rank == 0:
+            write_clips(folder)
+        ranks.gather(None)  # the others wait
+        if ranks.world > 1:
+            dist.barrier()
+        data = sorted(map(str, folder.glob("*.jsonl")))
+    return Rows(data, answers=True, splits={*s.train_split, s.valid_split}, max_seconds=s.max_seconds)
+
+
+def make_sampler(s: Settings, rows: Rows, ranks: Ranks) -> Sampler:
+    try:
+        weights = {k: float(v) for k, v in (w.rsplit("=", 1) for w in s.task_weights)}
+    except ValueError:
+        raise ValueError(f"--task-weights takes TASK=NUMBER, not {' '.join(s.task_weights)}") from None
+    index = np.concatenate([rows.where(split) for split in s.train_split])
+    return Sampler(rows, index, s.batch_seconds, s.seed, s.temperature, weights, ranks.rank, ranks.world,
+                   ranks.world * s.accumulate)
+
+
+def update(s: Settings, run, model, optimizer, scaler, batches, ranks: Ranks):
+    """One update from this rank's batches: (gradient norm, [(losses, tokens) of each batch]).
+
+    The loss is divided by the answer tokens (or clips) of all ranks and batches together, so neither changes its
+    meaning. A norm that is not finite on one rank is so on all, for the gradients are summed: all leave the weights.
+    """
+    count = sum(len(b.tasks) if s.loss == "example" else sum(map(len, b.answers)) for b in batches)
+    total = ranks.sum(torch.tensor(float(count), device=ranks.device))
+    parts = []
+    for i, batch in enumerate(batches):
+        waiting = ranks.world > 1 and i < len(batches) - 1
+        with run.no_sync() if waiting else nullcontext():
+            with autocast(s):
+                losses, tokens = run(batch.to(ranks.device), per_row=True)
+            weight = 1 / tokens.to(ranks.device) if s.loss == "example" else 1.0
+            loss = (losses * weight).sum() * ranks.world / total  # DDP takes the mean over ranks
+            scaler.scale(loss).backward()
+        parts.append((losses.detach(), tokens))
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], s.clip).item()
+    if math.isfinite(norm):
+        scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    return norm, parts
+
+
+def train(s: Settings) -> None:
+    ranks = start_ranks(s)
+    checkpoint = newest_checkpoint(s.out)
+    if checkpoint and not s.resume:
+        raise ValueError(f"{s.out} holds a run already: add --resume to go on with it, or choose another --out")
+    rows = open_data(s, ranks)
+    sampler = make_sampler(s, rows, ranks)
+    model = build_model(s, ranks, checkpoint)
+    optimizer, scaler = build_optimizer(s, model), torch.amp.GradScaler(s.device, enabled=s.precision == "fp16")
+    step, bad, before = 0, 0, None
+    if checkpoint:
+        state = load_state(s, checkpoint, ranks, rows)
+        step, bad, before = state["step"], state["bad"], state["before"]
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        sampler.load_state_dict(state["sampler"])
+    elif s.resume:
+        ranks.say(f"{s.out} has no finished checkpoint yet: starting at step 0")
+    Path(s.out).mkdir(parents=True, exist_ok=True)
+    log = Log(s, ranks, rows.tasks, step)
+    if checkpoint:
+        log.sums += state["sums"].to(ranks.device) if ranks.rank == 0 else 0
+        log.seen = state["seen"][ranks.rank]
+    batches = Batches(rows, model.tokenizer, s.seed, s.max_seconds)
+    specs = held_out(rows, s.valid_split, s.eval_clips, s.batch_seconds, s.seed)
+    introduce(s, ranks, model, rows, step)
+    if before is None:
+        before = report(s, model, ranks, log, batches, specs, step, None)
+    run = wrap(s, model, ranks, step)
+    stream = iter(loader(batches, sampler, s.workers, ranks.device.type == "cuda"))
+    log.start = log.mark = time.perf_counter()
+    while step < s.steps:
+        if step == s.freeze_encoder > 0:
+            run = wrap(s, model, ranks, step)
+        set_rates(s, optimizer, step)
+        mine = [next(stream) for _ in range(s.accumulate)]
+        log.count(mine)
+        norm, parts = update(s, run, model, optimizer, scaler, mine, ranks)
+        step += 1
+        sampler.position = step * ranks.world * s.accumulate
+        if math.isfinite(norm):
+            bad = 0
+            for batch, (losses, tokens) in zip(mine, parts):
+                tally(log.sums, log.numbers, batch, losses, tokens)
+        else:
+            bad += 1
+            complain(s, ranks, log, rows, mine, parts, step, norm, bad)
+        if step % s.log_every == 0 or step == s.steps:
+            log.line(step, optimizer, norm)
+        if step % s.save_every == 0 or step == s.steps:
+            state = dict(step=step, bad=bad, before=before, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
+                         sampler=sampler.state_dict(), settings=fixed_settings(s, ranks, rows),
+                         sums=ranks.sum(log.sums.clone()).cpu(), seen=ranks.gather(log.seen),
+                         random=ranks.gather(rng_state(ranks)))
+            if ranks.rank == 0:
+                save_checkpoint(s, model, state, step)
+        if step % s.eval_every == 0 and step < s.steps:
+            report(s, model, ranks, log, batches, specs, step, before)
+        if s.probe_every and step % s.probe_every == 0:
+            probe(s, model, ranks, log, step)
+    report(s, model, ranks, log, batches, specs, step, before)
+    if ranks.rank == 0:
+        save_encoder(model.encoder, Path(s.out) / "encoder", s.encoder)
+        ranks.say(f"{s.out}/encoder: the trained encoder, a Hugging Face Whisper folder")
+    if ranks.world > 1:
+        dist.destroy_process_group()
+
+
+def introduce(s: Settings, ranks: Ranks, model, rows: Rows, step: int) -> None:
+    """Say what is going to be trained on what, and save it as config.json."""
+    millions = lambda part: sum(p.numel() for p in part.parameters()) / 1e6
+    ranks.say(f"encoder {millions(model.encoder):.1f} M, adapter {millions(model.adapter):.1f} M, decoder "
+              f"{millions(model.decoder):.1f} M (frozen); {len(rows)} clips, {rows.seconds.sum(dtype=float) / 3600:.2f} h, "
+              f"{len(rows.tasks)} tasks; {ranks.world} x {s.device}, {s.precision}; from step {step}")
+    if ranks.rank == 0:
+        (Path(s.out) / "config.json").write_text(json.dumps(dataclasses.asdict(s), indent=2) + "\n")
+
+
+def complain(s: Settings, ranks: Ranks, log: Log, rows: Rows, batches, parts, step: int, norm: float, bad: int) -> None:
+    """A non-finite update was left out: log its rows, those with a non-finite loss if there are any."""
+    losses = [x for p, _ in parts for x in p.tolist()]
+    numbers = [i for b in batches for i in b.rows]
+    guilty = [i for i, x in zip(numbers, losses) if not math.isfinite(x)] or numbers
+    names = [rows.name(i) for i in guilty[:50]]
+    print(f"step {step}: gradient norm is {norm}, update left out; rank {ranks.rank}'s rows: {', '.join(names)}",
+          file=sys.stderr, flush=True)
+    log.write(step, non_finite=norm, rows=names)
+    if bad >= BAD_STEPS_IN_A_ROW * (5 if s.precision == "fp16" else 1):
+        raise ArithmeticError(f"{bad} updates in a row were not finite; lower the learning rates or look at the rows named above")
+
+
+def main():
+    try:
+        train(parse())
+    except (OSError, ValueError, ArithmeticError) as e:
+        text = str(e)  # an error in a worker comes with its whole traceback: the last line says it
+        sys.exit(f"error: {text.strip().splitlines()[-1] if text.startswith('Caught ') else text}")
+
+
+if __name__ == "__main__":
+    main()
