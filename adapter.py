@@ -14,7 +14,9 @@ class StackAdapter(nn.Module):
 
     `stack` tokens of 20 ms become one: 4 give 12.5 audio tokens a second. A last group that `stack` does not
     fill is kept, filled up with zeros. At the start the output has root mean square `output_rms`, which should
-    be that of the decoder's token embeddings: a frozen decoder then sees inputs of the size that it knows.
+    be that of the decoder's token embeddings: a frozen decoder then sees inputs of the size that it knows. A fixed
+    `gain` brings it there, not small weights: Adam's steps, which do not know how small a weight is, would blow
+    these up at once.
 
     # assumption: the paper says "a lightweight adapter" and gives no shape.
 
@@ -30,9 +32,10 @@ class StackAdapter(nn.Module):
         self.norm = nn.LayerNorm(stack * d_audio)
         self.fc1 = nn.Linear(stack * d_audio, hidden)
         self.fc2 = nn.Linear(hidden, d_text)
-        # LayerNorm's unit variance passes fc1 unchanged, GELU scales it by GELU_RMS, fc2 sets the wanted scale.
+        # LayerNorm's unit variance passes fc1 and fc2 unchanged; between them GELU takes it down to GELU_RMS.
+        self.register_buffer("gain", torch.tensor(output_rms / GELU_RMS))
         nn.init.normal_(self.fc1.weight, std=(stack * d_audio) ** -0.5)
-        nn.init.normal_(self.fc2.weight, std=output_rms / (GELU_RMS * hidden**0.5))
+        nn.init.normal_(self.fc2.weight, std=hidden**-0.5)
         nn.init.zeros_(self.fc1.bias)
         nn.init.zeros_(self.fc2.bias)
 
@@ -44,7 +47,7 @@ class StackAdapter(nn.Module):
         b, t, d = x.shape
         x = F.pad(x, (0, 0, 0, -t % self.stack))
         x = x.reshape(b, -1, self.stack * d)  # (B, A, stack * d_audio)
-        return self.fc2(F.gelu(self.fc1(self.norm(x))))  # (B, A, d_text)
+        return self.gain * self.fc2(F.gelu(self.fc1(self.norm(x))))  # (B, A, d_text)
 
 
 def main():

@@ -17,6 +17,7 @@ from array import array
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -95,17 +96,17 @@ def read_audio(source, max_seconds: float | None = None, name: str | None = None
         raise AudioError(f"{name}: holds samples that are NaN or infinite")
     if low == high == 0:
         raise AudioError(f"{name}: all samples are zero")
-    try:
-        return resample(audio, rate)
-    except ValueError as e:
-        raise AudioError(f"{name}: {e}") from None
+    return resample(audio, rate)
 
 
 def _is_cut(raw: bytes, log: str) -> bool:
     """libsndfile reads what is left of a WAV or Ogg file that is cut short, and says so in its log at most."""
-    if raw[:4] == b"OggS":  # the last page must carry the end-of-stream flag
-        return not raw[raw.rfind(b"OggS") + 5] & 4
-    return raw[:4] == b"RIFF" and "(should be" in log.partition("\ndata :")[2].partition("\n")[0]
+    if raw[:4] == b"OggS":  # the last page must be whole, and carry the end-of-stream flag
+        page = raw[raw.rfind(b"OggS") :]
+        end = 27 + page[26] + sum(page[27 : 27 + page[26]]) if len(page) > 26 else 27
+        return len(page) < end or not page[5] & 4
+    size, _, should = log.partition("\ndata :")[2].partition("\n")[0].partition("(should be")
+    return raw[:4] == b"RIFF" and bool(should) and int(size) < 2**31 - 2**16  # larger: piped, its length was not known
 
 
 @lru_cache(maxsize=32)
@@ -113,14 +114,12 @@ def _sinc_kernel(old: int, new: int, zeros: int = 64, attenuation: float = 80.0)
     """Kaiser-windowed sinc for each of `new` output phases: ((old + 2 * reach, new) float32, reach in input samples).
 
     `zeros` zero crossings a side; images and aliases lie `attenuation` dB down (Kaiser's formulas), the pass band
-    ends about 4 % of the lower rate below its Nyquist frequency.
+    ends 8 % below the lower Nyquist frequency.
     """
     beta = 0.1102 * (attenuation - 8.7)
     transition = (attenuation - 8) / (2.285 * 2 * zeros * math.pi)  # as a share of the lower Nyquist frequency
     cutoff = min(old, new) * (1 - transition / 2)  # such that the stop band begins at that frequency
     reach = math.ceil(zeros * old / cutoff)
-    if (old + 2 * reach) * new > 2**26:
-        raise ValueError(f"no practical filter from a rate of {old} to {new} parts; convert it to a common rate first")
     taps = torch.arange(-reach, old + reach, dtype=torch.float64)[:, None]  # input samples around one block of `old`
     t = (taps / old - torch.arange(new, dtype=torch.float64) / new) * cutoff  # in zero crossings
     window = torch.special.i0(beta * (1 - (t / zeros).square()).clamp(min=0).sqrt()) / torch.special.i0(torch.tensor(beta))
@@ -132,6 +131,8 @@ def resample(audio: torch.Tensor, rate: int, new_rate: int = SAMPLE_RATE) -> tor
     """Band-limited windowed-sinc resampling: (..., S) at `rate` -> (..., ceil(S * new_rate / rate))."""
     if rate == new_rate:
         return audio
+    if rate * new_rate // math.gcd(rate, new_rate) ** 2 > 2**21:
+        rate = round(rate, -1)  # an odd rate, such as 11,127 Hz, would need a huge filter; under 10 Hz nobody hears
     step = math.gcd(rate, new_rate)
     widen = max(1, 64 * step // new_rate)  # blocks of few outputs make a slow matrix product: take several at once
     old, new = widen * rate // step, widen * new_rate // step
@@ -164,6 +165,9 @@ class Rows:
         columns = array("i"), array("q"), array("q"), array("f"), array("h"), array("h")
         for number, path in enumerate(self.paths):
             before = len(columns[0])
+            if path.endswith((".gz", ".tgz")):
+                self._problem(path, "is compressed; unpack it first")
+                continue
             for row in self._scan_tar(path) if path.endswith(".tar") else self._scan_manifest(path):
                 for column, value in zip(columns, (number, *row)):
                     column.append(value)
@@ -338,25 +342,27 @@ def _header_seconds(file) -> float:
 
 # ---------------------------------------------------------------- sampling
 
+SHORTEST = 0.1  # seconds that any clip counts for at least: its text costs something, too
+
 class Sampler:
     """Endless seeded batches of row numbers: tasks mixed, lengths bucketed, each rank its own part.
 
     Rows come in pools of a fixed number of batches. A pool takes from every task its exact share, next in line of
     that task's shuffled passes; its rows are sorted by length, cut into batches of about `batch_seconds` (padding
-    counted), and the batches shuffled in groups of `group`, those of one update over all ranks. Any pool can thus
-    be made without the ones before it: the state is one number, the batches taken by all ranks together.
+    counted), and the batches shuffled. Any pool can thus be made without the ones before it: the state is one number,
+    the batches taken by all ranks together.
 
     weights: {task: weight}; else tasks weigh rows ** (1 / temperature): 1 as they are, higher evens them out.
     Iterating yields (batch number, row numbers), from `position` on.
     """
 
-    POOL = 64  # batches, rounded up to whole groups
+    POOL = 64  # batches
+    JITTER = 0.1  # lengths are compared up to this share: costs some padding, keeps tasks of one length from filling a batch
 
     def __init__(self, rows: Rows, index, batch_seconds: float, seed: int = 0, temperature: float = 2.0,
-                 weights: dict | None = None, rank: int = 0, world: int = 1, group: int = 1):
+                 weights: dict | None = None, rank: int = 0, world: int = 1):
         self.rows, self.batch_seconds, self.seed, self.position = rows, batch_seconds, seed, 0
-        self.rank, self.world, self.group = rank, world, max(group, world)
-        self.pool_batches = -(-self.POOL // self.group) * self.group
+        self.rank, self.world = rank, world
         tasks = rows.task[index]
         self.members = {t: index[tasks == t] for t in np.unique(tasks).tolist()}
         if not self.members:
@@ -366,9 +372,12 @@ class Sampler:
             raise ValueError(f"weights name tasks that the data lacks: {sorted(unknown)}; it has {sorted(names)}")
         size = {t: len(m) for t, m in self.members.items()}
         weight = {t: (weights.get(rows.tasks[t], 0.0) if weights else n ** (1 / temperature)) for t, n in size.items()}
+        if min(weight.values()) < 0 or not any(weight.values()):
+            raise ValueError(f"task weights {weights}: none may be below 0, and one must be above")
         self.share = {t: w / sum(weight.values()) for t, w in weight.items() if w > 0}
-        mean = sum(s * float(rows.seconds[self.members[t]].mean()) for t, s in self.share.items())
-        self.pool_rows = max(self.pool_batches, 0.95 * self.pool_batches * batch_seconds / max(mean, 0.01))
+        mean = sum(s * float(np.maximum(rows.seconds[self.members[t]], SHORTEST).mean()) for t, s in self.share.items())
+        # Rounding can take one row from each task's share of a pool; no batch may end up without a row.
+        self.pool_rows = max(self.POOL + len(self.share), 0.95 * self.POOL * batch_seconds / mean)
         self._passes, self._pool = {}, (None, None)
 
     def _row(self, task: int, number: int) -> int:
@@ -387,17 +396,18 @@ class Sampler:
         for task, share in self.share.items():
             first, last = (round(self.pool_rows * share * p) for p in (pool, pool + 1))
             picked += [self._row(task, n) for n in range(first, last)]
-        picked.sort(key=lambda i: (self.rows.seconds[i], i))
-        batches = cut_evenly(picked, self.rows.seconds[picked], self.pool_batches)
-        groups = [batches[i : i + self.group] for i in range(0, len(batches), self.group)]
-        np.random.default_rng([self.seed, 2, pool]).shuffle(groups)
-        self._pool = pool, [b for g in groups for b in g]
-        return self._pool[1]
+        rng, picked = np.random.default_rng([self.seed, 2, pool]), np.array(picked)
+        about = self.rows.seconds[picked] * rng.uniform(1 - self.JITTER, 1 + self.JITTER, len(picked))
+        picked = picked[np.argsort(about)]
+        batches = cut_evenly(picked.tolist(), self.rows.seconds[picked], self.POOL)
+        rng.shuffle(batches)
+        self._pool = pool, batches
+        return batches
 
     def __iter__(self):
         number = self.position + self.rank
         while True:
-            pool, at = divmod(number, self.pool_batches)
+            pool, at = divmod(number, self.POOL)
             yield number, self._batches(pool)[at]
             number += self.world
 
@@ -409,9 +419,9 @@ class Sampler:
 
 
 def cut(rows, seconds, limit: float) -> list[list[int]]:
-    """Rows sorted by length -> runs of at most `limit` seconds each, padding counted; a longer row stands alone."""
+    """Rows, about sorted by length -> runs of at most `limit` seconds each, padding counted; a longer row stands alone."""
     runs, longest = [], 0.0
-    for row, s in zip(rows, np.maximum(seconds, 0.1)):  # even the shortest clip costs something: its text
+    for row, s in zip(rows, np.maximum(seconds, SHORTEST)):
         longest = max(longest, s)
         if not runs or (len(runs[-1]) + 1) * longest > limit:
             runs.append([])
@@ -421,8 +431,8 @@ def cut(rows, seconds, limit: float) -> list[list[int]]:
 
 
 def cut_evenly(rows, seconds, n: int) -> list[list[int]]:
-    """Rows sorted by length -> exactly n runs with the smallest possible limit."""
-    low, high = 0.0, float(len(rows) * max(seconds.max(), 0.1))
+    """Rows, about sorted by length -> exactly n runs with the smallest possible limit."""
+    low, high = 0.0, float(len(rows) * max(seconds.max(), SHORTEST))
     for _ in range(24):
         middle = (low + high) / 2
         low, high = (low, middle) if len(cut(rows, seconds, middle)) <= n else (middle, high)
@@ -478,18 +488,22 @@ class Batches(Dataset):
                 skipped.append((self.rows.tasks[self.rows.task[i]], str(e)))
         return clips, skipped
 
+    def _neighbours(self, i):
+        """The rows after row i in its split, those before it last."""
+        others = chain(range(i + 1, len(self.rows)), range(i))
+        return (n for n in others if self.rows.split[n] == self.rows.split[i])
+
     def __getitem__(self, spec) -> Batch:
         number, wanted = spec
         clips, skipped = self._read(wanted)
-        extra = wanted[0]
-        while not clips:  # every rank must have a batch: look for the next readable row
-            extra = (extra + 1) % len(self.rows)
-            if extra == wanted[0] or len(skipped) > len(wanted) + 20:
-                raise AudioError(f"over 20 clips in a row cannot be read; the last: {skipped[-1][1]}")
+        neighbours = islice(self._neighbours(wanted[0]), 20)
+        while not clips:  # every rank must have a batch
+            extra = next(neighbours, None)
+            if extra is None:
+                raise AudioError(f"{len(skipped)} clips in a row cannot be read; the last: {skipped[-1][1]}")
             clips, more = self._read([extra])
             skipped += more
-            wanted = [*wanted, extra]
-        kept = [i for i in wanted if i in clips]
+        kept = [i for i in wanted if i in clips] or list(clips)
         draw = random.Random(f"{self.seed}/{number}")
         rows = [self.rows[i] for i in kept]
         instructions = [r.get("instruction") or draw.choice(TEMPLATES[r["task"]]) for r in rows]

@@ -59,7 +59,7 @@ class Settings:
     # optimisation; assumption: the paper gives none of these values
     steps: int = flag(10_000, "updates")
     lr_encoder: float = flag(1e-4, "encoder's peak learning rate")
-    lr_adapter: float = flag(1e-3, "adapter's peak learning rate")
+    lr_adapter: float = flag(5e-4, "adapter's peak learning rate")
     warmup: int = flag(100, "updates of linear warm-up; then a cosine to a tenth")
     freeze_encoder: int = flag(0, "first updates that train the adapter alone")
     weight_decay: float = flag(0.01, "AdamW's, on matrices")
@@ -390,12 +390,11 @@ def report(s: Settings, model, ranks: Ranks, log: Log, batches: Batches, specs, 
 
 
 def probe(s: Settings, model, ranks: Ranks, log: Log, step: int) -> None:
-    """kNN scores of the encoder as it is now, on held-out tasks."""
+    """kNN scores of the encoder as it is now, on a few held-out clips of each task; the other ranks go on meanwhile."""
     if ranks.rank == 0:
         from probe import knn_scores
 
-        scores = knn_scores(model.encoder, s.probe_data, ranks.device)
-        model.train()
+        scores = knn_scores(model.encoder, Rows(s.probe_data), device=s.device)
         log.write(step, knn=scores)
         ranks.say(f"step {step}/{s.steps}  kNN: " + "  ".join(f"{t} {v:.3f}" for t, v in scores.items()))
 
@@ -424,8 +423,7 @@ def make_sampler(s: Settings, rows: Rows, ranks: Ranks) -> Sampler:
     except ValueError:
         raise ValueError(f"--task-weights takes TASK=NUMBER, not {' '.join(s.task_weights)}") from None
     index = np.concatenate([rows.where(split) for split in s.train_split])
-    return Sampler(rows, index, s.batch_seconds, s.seed, s.temperature, weights, ranks.rank, ranks.world,
-                   ranks.world * s.accumulate)
+    return Sampler(rows, index, s.batch_seconds, s.seed, s.temperature, weights, ranks.rank, ranks.world)
 
 
 def update(s: Settings, run, model, optimizer, scaler, batches, ranks: Ranks):

@@ -71,9 +71,10 @@ def log_mel_spectrogram(audio: torch.Tensor, n_mels: int = 80) -> torch.Tensor:
     windows = audio.unfold(-1, N_FFT, HOP) * _hann(audio.device)  # (B, F', n_fft)
     if audio.shape[-1] >= WINDOW:
         windows = windows[:, :-1]  # Whisper drops the last frame
-    spectrum = torch.view_as_real(torch.fft.rfft(windows))
-    power = spectrum.square_().sum(-1)  # (B, F', n_fft / 2 + 1)
-    mel = (power @ mel_filters(n_mels, audio.device)).clamp_(min=1e-10).log10_()
+    power = torch.view_as_real(torch.fft.rfft(windows)).square_().sum(-1)  # (B, F', n_fft / 2 + 1)
+    with torch.autocast(audio.device.type, enabled=False):
+        mel = power @ mel_filters(n_mels, audio.device)
+    mel = mel.clamp_(min=1e-10).log10_()
     floor = mel.amax((1, 2), keepdim=True) - 8
     return mel[:, :frames].maximum(floor).add_(4).div_(4).transpose(1, 2)
 
@@ -89,15 +90,25 @@ def encoder_lengths(samples):
 
 # ---------------------------------------------------------------- checkpoint folders
 
+def read_json(path, *keys) -> dict:
+    """The JSON object in a file, which must have all of `keys`."""
+    try:
+        found = json.loads(Path(path).read_text())
+    except ValueError as e:
+        raise ValueError(f"{path} is not JSON ({e}); fetch it again") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is not a JSON object; fetch it again")
+    if missing := [k for k in keys if k not in found]:
+        raise ValueError(f"{path} lacks {', '.join(missing)}; fetch it again")
+    return found
+
+
 def read_config(folder, model_types: tuple[str, ...]) -> dict:
     """config.json of a Hugging Face folder; refuses by name a model that is none of `model_types`."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: {folder} is no Hugging Face checkpoint folder; see weights/README.md")
-    try:
-        config = json.loads(path.read_text())
-    except ValueError as e:
-        raise ValueError(f"{path} is not JSON ({e}); fetch it again") from None
+    config = read_json(path)
     if config.get("model_type") not in model_types:
         raise ValueError(f"{path}: model_type is {config.get('model_type')!r}; need one of {', '.join(model_types)}")
     return config
@@ -107,7 +118,7 @@ def read_weights(folder) -> dict[str, torch.Tensor]:
     """All tensors of a folder: model.safetensors, or the shards that model.safetensors.index.json names."""
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
-    shards = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    shards = sorted(set(read_json(index, "weight_map")["weight_map"].values())) if index.exists() else ["model.safetensors"]
     missing = [s for s in shards if not (folder / s).is_file()]
     if missing:
         raise FileNotFoundError(f"{folder}: weight files missing: {', '.join(missing)}; fetch them as safetensors")
@@ -519,7 +530,11 @@ class ChatTokenizer:
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing; copy it from the model's page")
-        return cls(Tokenizer.from_file(str(path)), path)
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as e:  # tokenizers raises bare Exception
+            raise ValueError(f"{path} is damaged ({e}); fetch it again") from None
+        return cls(tokenizer, path)
 
     def _ids(self, text):
         return self.tokenizer.encode(text, add_special_tokens=False).ids
@@ -622,12 +637,17 @@ def newest_checkpoint(run) -> Path | None:
     return max(found, key=lambda p: int(p.name[5:]), default=None)
 
 
-def load_run(run, dtype: torch.dtype = torch.float32) -> UniWhisper:
-    """The model of a run's newest checkpoint: its encoder and adapter, and the decoder that its config.json names."""
+def _open_run(run) -> tuple[dict, Path]:
+    """A run's settings and its newest checkpoint."""
     settings, newest = Path(run) / "config.json", newest_checkpoint(run)
     if not settings.is_file() or newest is None:
         raise FileNotFoundError(f"{run}: no config.json with a finished checkpoint; give --out of a training run")
-    settings = json.loads(settings.read_text())
+    return read_json(settings, "encoder", "decoder", "stack"), newest
+
+
+def load_run(run, dtype: torch.dtype = torch.float32) -> UniWhisper:
+    """The model of a run's newest checkpoint: its encoder and adapter, and the decoder that its config.json names."""
+    settings, newest = _open_run(run)
     model = UniWhisper.from_folders(newest / "encoder", settings["decoder"], settings["stack"], dtype)
     load_strictly(model.adapter, read_weights(newest / "adapter"), newest / "adapter")
     return model.eval()
@@ -660,10 +680,8 @@ def _ask(args):
 
 
 def _export(args):
-    newest, settings = newest_checkpoint(args.run), Path(args.run) / "config.json"
-    if newest is None or not settings.is_file():
-        raise FileNotFoundError(f"{args.run}: no config.json with a finished checkpoint; give --out of a training run")
-    source = json.loads(settings.read_text())["encoder"]
+    settings, newest = _open_run(args.run)
+    source = settings["encoder"]
     encoder = WhisperEncoder.from_pretrained(newest / "encoder")
     if args.blend != 1:
         blend_encoders(WhisperEncoder.from_pretrained(source), encoder, args.blend)
