@@ -149,7 +149,7 @@ class Rows:
     """The rows of JSON Lines manifests and WebDataset tars, read when asked for: only offsets stay in memory.
 
     rows[i] is row i's dictionary, rows.audio(i) its samples, rows.name(i) its place for a message. Per row there are
-    `seconds` (float32), `task` and `split` (numbers into `tasks` and `splits`). About 27 bytes a row, in plain buffers
+    `seconds` (float32), `task` and `split` (numbers into `tasks` and `splits`). 32 bytes a row, in plain buffers
     that forked workers share.
 
     answers: every row must be fit for training (an answer, an instruction or a task with templates).
@@ -158,25 +158,25 @@ class Rows:
     """
 
     def __init__(self, paths, answers: bool = False, splits=None, max_seconds: float | None = None):
-        self.paths, self.tasks, self.splits = _expand(paths), [], []
-        self._files, self._problems = {}, []
+        self.paths = _expand(paths)
+        self._files, self._problems, self._seen = {}, [], 0
         self._answers, self._keep, self._max_seconds = answers, splits, max_seconds
         self._numbers = ({}, {})  # task and split names -> numbers
-        columns = array("i"), array("q"), array("q"), array("f"), array("h"), array("h")
+        columns = array("i"), array("q"), array("q"), array("f"), array("i"), array("i")
         for number, path in enumerate(self.paths):
-            before = len(columns[0])
+            before = self._seen
             if path.endswith((".gz", ".tgz")):
                 self._problem(path, "is compressed; unpack it first")
                 continue
             for row in self._scan_tar(path) if path.endswith(".tar") else self._scan_manifest(path):
                 for column, value in zip(columns, (number, *row)):
                     column.append(value)
-            if len(columns[0]) == before and not self._problems and splits is None:
+            if self._seen == before and not self._problems:
                 self._problem(path, "holds no rows")
         if self._problems:
             more = [f"... and {len(self._problems) - 10} more"] if len(self._problems) > 10 else []
             raise ValueError("\n".join(self._problems[:10] + more))
-        types = np.int32, np.int64, np.int64, np.float32, np.int16, np.int16
+        types = np.int32, np.int64, np.int64, np.float32, np.int32, np.int32
         self.file, self.at, self.audio_at, self.seconds, self.task, self.split = map(np.frombuffer, columns, types)
         self.tasks, self.splits = (list(n) for n in self._numbers)
 
@@ -191,6 +191,7 @@ class Rows:
 
     def _check(self, row, where, seconds_of):
         """(seconds, task number, split number) of a parsed row, or None where it is left out or bad."""
+        self._seen += 1
         task, split = str(row.get("task", "")), str(row.get("split", "train"))
         if self._keep is not None and split not in self._keep:
             return None
@@ -344,6 +345,7 @@ def _header_seconds(file) -> float:
 
 SHORTEST = 0.1  # seconds that any clip counts for at least: its text costs something, too
 
+
 class Sampler:
     """Endless seeded batches of row numbers: tasks mixed, lengths bucketed, each rank its own part.
 
@@ -398,7 +400,7 @@ class Sampler:
             picked += [self._row(task, n) for n in range(first, last)]
         rng, picked = np.random.default_rng([self.seed, 2, pool]), np.array(picked)
         about = self.rows.seconds[picked] * rng.uniform(1 - self.JITTER, 1 + self.JITTER, len(picked))
-        picked = picked[np.argsort(about)]
+        picked = picked[np.argsort(about, kind="stable")]
         batches = cut_evenly(picked.tolist(), self.rows.seconds[picked], self.POOL)
         rng.shuffle(batches)
         self._pool = pool, batches
@@ -518,8 +520,9 @@ class Batches(Dataset):
 
 def loader(batches: Batches, specs, workers: int, pin_memory: bool = False) -> DataLoader:
     """Batches of `specs` in their order, made by `workers` processes (0: here)."""
-    return DataLoader(batches, batch_size=None, sampler=specs, num_workers=workers, pin_memory=pin_memory,
-                      prefetch_factor=4 if workers else None)
+    # Forked workers share the rows' memory, and see when their parent is killed; Python 3.14 has another default.
+    how = dict(multiprocessing_context="fork", prefetch_factor=4) if workers else {}
+    return DataLoader(batches, batch_size=None, sampler=specs, num_workers=workers, pin_memory=pin_memory, **how)
 
 
 def held_out(rows: Rows, split: str, per_task: int, batch_seconds: float, seed: int = 0) -> list[tuple[int, list[int]]]:

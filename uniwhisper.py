@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import nn
@@ -71,7 +71,8 @@ def log_mel_spectrogram(audio: torch.Tensor, n_mels: int = 80) -> torch.Tensor:
     windows = audio.unfold(-1, N_FFT, HOP) * _hann(audio.device)  # (B, F', n_fft)
     if audio.shape[-1] >= WINDOW:
         windows = windows[:, :-1]  # Whisper drops the last frame
-    power = torch.view_as_real(torch.fft.rfft(windows)).square_().sum(-1)  # (B, F', n_fft / 2 + 1)
+    spectrum = torch.fft.rfft(windows)
+    power = spectrum.real.square() + spectrum.imag.square()  # (B, F', n_fft / 2 + 1)
     with torch.autocast(audio.device.type, enabled=False):
         mel = power @ mel_filters(n_mels, audio.device)
     mel = mel.clamp_(min=1e-10).log10_()
@@ -103,15 +104,15 @@ def read_json(path, *keys) -> dict:
     return found
 
 
-def read_config(folder, model_types: tuple[str, ...]) -> dict:
-    """config.json of a Hugging Face folder; refuses by name a model that is none of `model_types`."""
+def read_config(folder, model_types: tuple[str, ...], *keys) -> dict:
+    """config.json of a Hugging Face folder, with all of `keys`; refuses by name a model that is none of `model_types`."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: {folder} is no Hugging Face checkpoint folder; see weights/README.md")
     config = read_json(path)
     if config.get("model_type") not in model_types:
         raise ValueError(f"{path}: model_type is {config.get('model_type')!r}; need one of {', '.join(model_types)}")
-    return config
+    return read_json(path, *keys)
 
 
 def read_weights(folder) -> dict[str, torch.Tensor]:
@@ -143,13 +144,6 @@ def load_strictly(module: nn.Module, tensors: dict[str, torch.Tensor], source) -
         more = f"; and {len(wrong) - 20} more" if len(wrong) > 20 else ""
         raise ValueError(f"{source}: weights do not fit: {'; '.join(wrong[:20])}{more}")
     module.load_state_dict(tensors, assign=True)
-
-
-def _get(config: dict, folder, *names):
-    missing = [n for n in names if n not in config]
-    if missing:
-        raise ValueError(f"{folder}/config.json lacks {', '.join(missing)}; fetch it again")
-    return [config[n] for n in names]
 
 
 def _run_layer(module, layer, *args):
@@ -193,34 +187,32 @@ class WhisperEncoder(nn.Module):
     config: the dictionary of a Whisper config.json. The sinusoidal positions are loaded and never train.
     """
 
-    def __init__(self, config: dict, folder="Whisper"):
+    def __init__(self, config: dict):
         super().__init__()
-        self.config = config
-        self.width, layers, heads, ffn, self.n_mels, positions = _get(
-            config, folder, "d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim", "num_mel_bins",
-            "max_source_positions")
-        if config.get("activation_function", "gelu") != "gelu":
-            raise ValueError(f"{folder}/config.json: activation_function is {config['activation_function']!r}; need 'gelu'")
+        self.config, self.width, self.n_mels = config, config["d_model"], config["num_mel_bins"]
+        heads, ffn = config["encoder_attention_heads"], config["encoder_ffn_dim"]
         self.conv1 = nn.Conv1d(self.n_mels, self.width, 3, padding=1)
         self.conv2 = nn.Conv1d(self.width, self.width, 3, stride=2, padding=1)
-        self.embed_positions = nn.Embedding(positions, self.width).requires_grad_(False)
-        self.layers = nn.ModuleList(WhisperLayer(self.width, heads, ffn) for _ in range(layers))
+        self.embed_positions = nn.Embedding(config["max_source_positions"], self.width).requires_grad_(False)
+        self.layers = nn.ModuleList(WhisperLayer(self.width, heads, ffn) for _ in range(config["encoder_layers"]))
         self.layer_norm = nn.LayerNorm(self.width)
         self.checkpoint_layers = False
 
     @classmethod
     def from_pretrained(cls, folder) -> "WhisperEncoder":
         """Read a Hugging Face Whisper folder (encoder alone or whole model), as float32."""
-        config = read_config(folder, ("whisper",))
+        config = read_config(folder, ("whisper",), "d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim",
+                             "num_mel_bins", "max_source_positions")
+        if config.get("activation_function", "gelu") != "gelu":
+            raise ValueError(f"{folder}/config.json: activation_function is {config['activation_function']!r}; need 'gelu'")
         with torch.device("meta"):
-            encoder = cls(config, folder)
+            encoder = cls(config)
         tensors = {}
         for name, tensor in read_weights(folder).items():
             name = name.removeprefix("model.")
             if name.startswith("encoder."):
                 tensors[name.removeprefix("encoder.")] = tensor.float()
         load_strictly(encoder, tensors, folder)
-        encoder.embed_positions.requires_grad_(False)
         return encoder
 
     def forward(self, mel: torch.Tensor, lengths: torch.Tensor | None = None, layer: int | None = None) -> torch.Tensor:
@@ -239,11 +231,10 @@ class WhisperEncoder(nn.Module):
         if lengths is not None and bool((lengths < tokens).any()):
             keep = torch.arange(tokens) < lengths.cpu()[:, None]
             keep = keep.to(mel.device, non_blocking=True)  # (B, T)
-        # The convolutions look past a clip's end: to them, too, what follows is zero.
-        frames = keep.repeat_interleave(2, 1)[:, None, : mel.shape[-1]] if keep is not None else None
-        x = mel if keep is None else mel * frames
-        x = F.gelu(self.conv1(x))
-        x = F.gelu(self.conv2(x if keep is None else x * frames)).transpose(1, 2)  # (B, T, D)
+            # conv1 looks one frame past a clip's end: to it, too, what follows is zero.
+            mel = mel * keep.repeat_interleave(2, 1)[:, None, : mel.shape[-1]]
+        x = F.gelu(self.conv1(mel))
+        x = F.gelu(self.conv2(x)).transpose(1, 2)  # (B, T, D)
         x = x + self.embed_positions.weight[:tokens]
         mask = None if keep is None else keep[:, None, None, :]
         for block in self.layers[:layer]:
@@ -303,22 +294,16 @@ def save_encoder(encoder: WhisperEncoder, folder, source=None) -> None:
                     "sampling_rate": SAMPLE_RATE, "hop_length": HOP, "n_fft": N_FFT, "chunk_length": 30,
                     "n_samples": WINDOW, "nb_max_frames": WINDOW // HOP, "padding_side": "right", "padding_value": 0.0,
                     "return_attention_mask": False}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as e:  # no OSError, also when the disk is full
+        raise OSError(f"cannot write {folder}/model.safetensors: {e}") from None
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if not (folder / "preprocessor_config.json").exists():
         (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor, indent=2) + "\n")
 
 
 # ---------------------------------------------------------------- Qwen decoder
-
-class RMSNorm(nn.Module):
-    def __init__(self, width, eps):
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
-
-    def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
 
 class QwenAttention(nn.Module):
     def __init__(self, c: dict):
@@ -330,8 +315,8 @@ class QwenAttention(nn.Module):
         self.o_proj = nn.Linear(c["num_attention_heads"] * self.dim, c["hidden_size"], bias=False)
         self.groups = c["num_attention_heads"] // c["num_key_value_heads"]
         qwen3 = c["model_type"] == "qwen3"
-        self.q_norm = RMSNorm(self.dim, c["rms_norm_eps"]) if qwen3 else nn.Identity()
-        self.k_norm = RMSNorm(self.dim, c["rms_norm_eps"]) if qwen3 else nn.Identity()
+        self.q_norm = nn.RMSNorm(self.dim, c["rms_norm_eps"]) if qwen3 else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.dim, c["rms_norm_eps"]) if qwen3 else nn.Identity()
 
     def forward(self, x, cos, sin, pack=None, mask=None, cache=None, positions=None):
         q, k, v = (p(x).unflatten(-1, (-1, self.dim)) for p in (self.q_proj, self.k_proj, self.v_proj))  # (N or B, L, H, D / H)
@@ -386,8 +371,8 @@ class QwenLayer(nn.Module):
     def __init__(self, c: dict):
         super().__init__()
         self.self_attn, self.mlp = QwenAttention(c), QwenMLP(c)
-        self.input_layernorm = RMSNorm(c["hidden_size"], c["rms_norm_eps"])
-        self.post_attention_layernorm = RMSNorm(c["hidden_size"], c["rms_norm_eps"])
+        self.input_layernorm = nn.RMSNorm(c["hidden_size"], c["rms_norm_eps"])
+        self.post_attention_layernorm = nn.RMSNorm(c["hidden_size"], c["rms_norm_eps"])
 
     def forward(self, x, cos, sin, pack=None, mask=None, cache=None, positions=None):
         x = x + self.self_attn(self.input_layernorm(x), cos, sin, pack, mask, cache, positions)
@@ -396,8 +381,8 @@ class QwenLayer(nn.Module):
 
 def _read_qwen_config(folder) -> dict:
     """Qwen's config.json with the defaults filled in; refuses what this decoder would compute differently."""
-    c = read_config(folder, ("qwen2", "qwen3"))
-    _get(c, folder, "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    c = read_config(folder, ("qwen2", "qwen3"), "hidden_size", "intermediate_size", "num_hidden_layers",
+                    "num_attention_heads", "vocab_size")
     c.setdefault("num_key_value_heads", c["num_attention_heads"])
     c["head_dim"] = c.get("head_dim") or (128 if c["model_type"] == "qwen3" else c["hidden_size"] // c["num_attention_heads"])
     c.setdefault("rms_norm_eps", 1e-6)
@@ -424,7 +409,7 @@ class QwenDecoder(nn.Module):
         self.config = config
         self.embed_tokens = nn.Embedding(config["vocab_size"], config["hidden_size"])
         self.layers = nn.ModuleList(QwenLayer(config) for _ in range(config["num_hidden_layers"]))
-        self.norm = RMSNorm(config["hidden_size"], config["rms_norm_eps"])
+        self.norm = nn.RMSNorm(config["hidden_size"], config["rms_norm_eps"])
         self.lm_head = nn.Linear(config["hidden_size"], config["vocab_size"], bias=False)
         self.checkpoint_layers = False
 
@@ -524,6 +509,7 @@ class ChatTokenizer:
         # Qwen3 answers at once, without thinking aloud, after an empty thought.
         thought = "<think>\n\n</think>\n\n" if tokenizer.token_to_id("<think>") is not None else ""
         self.tail = self._ids("<|im_end|>\n<|im_start|>assistant\n" + thought)
+        tokenizer.encode_special_tokens = True  # from here on: a text that spells a chat token is but text
 
     @classmethod
     def from_pretrained(cls, folder) -> "ChatTokenizer":
@@ -683,6 +669,8 @@ def _export(args):
     settings, newest = _open_run(args.run)
     source = settings["encoder"]
     encoder = WhisperEncoder.from_pretrained(newest / "encoder")
+    if not 0 <= args.blend <= 1:
+        raise ValueError(f"--blend is {args.blend:g}; it must be from 0 to 1")
     if args.blend != 1:
         blend_encoders(WhisperEncoder.from_pretrained(source), encoder, args.blend)
     save_encoder(encoder, args.folder, source)
@@ -711,7 +699,7 @@ def main():
     args = p.parse_args()
     try:
         args.do(args)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, SafetensorError) as e:
         sys.exit(f"error: {e}")
 
 

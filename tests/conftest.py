@@ -1,0 +1,132 @@
+"""What the tests share: tiny random Whisper and Qwen folders made by transformers, clips, manifests."""
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile as sf
+import torch
+
+from uniwhisper import UniWhisper
+
+RATE = 16_000
+VOCABULARY = 521  # a prime: no other dimension of the tiny models is a multiple of it
+
+
+# ---------------------------------------------------------------- clips and manifests
+
+def tone(seconds: float = 0.5, hertz: float = 440.0, rate: int = RATE, level: float = 0.3) -> np.ndarray:
+    return (level * np.sin(2 * math.pi * hertz * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
+
+
+def noise(samples: int, seed: int = 0, level: float = 0.1) -> torch.Tensor:
+    return level * torch.randn(samples, generator=torch.Generator().manual_seed(seed))
+
+
+def write_clip(path, audio=None, rate: int = RATE, **how) -> Path:
+    """A clip in the format of the path's suffix; the folders above it are made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sf.write(path, tone() if audio is None else audio, rate, **how)
+    return path
+
+
+def write_manifest(path, rows) -> str:
+    """Rows (dictionaries, or lines as they are) as JSON Lines."""
+    lines = (row if isinstance(row, str) else json.dumps(row) for row in rows)
+    Path(path).write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    return str(path)
+
+
+def assert_one_line(error, start: str, says: str = "") -> None:
+    """The error that pytest.raises caught is a single line with this start, and holds `says`."""
+    text = str(error.value)
+    assert text.startswith(start) and says in text and "\n" not in text
+
+
+# ---------------------------------------------------------------- checkpoint folders
+
+def _shake(model):
+    """Random numbers everywhere: no bias stays 0, no gain stays 1, attention is far from even."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "embed_positions" not in name:
+                p.add_(torch.randn(p.shape, generator=generator) * (0.3 if p.ndim == 1 else 0.08))
+    return model.eval()
+
+
+def make_whisper(folder, n_mels: int = 80, width: int = 48, shard_size: str = "1GB"):
+    """Save a tiny Whisper with random weights; returns transformers' model of it."""
+    from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
+
+    torch.manual_seed(0)
+    model = _shake(WhisperModel(WhisperConfig(
+        vocab_size=90, num_mel_bins=n_mels, d_model=width, encoder_layers=2, encoder_attention_heads=4,
+        encoder_ffn_dim=80, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=40, pad_token_id=1,
+        bos_token_id=1, eos_token_id=2, decoder_start_token_id=3)))
+    model.save_pretrained(folder, max_shard_size=shard_size)
+    WhisperFeatureExtractor(feature_size=n_mels).save_pretrained(folder)
+    return model
+
+
+def make_tokenizer(folder, chat_tokens=("<|im_start|>", "<|im_end|>")) -> None:
+    """A byte-level BPE of Qwen's kind with a few merges."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>", *chat_tokens],
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    words = "user assistant which language is spoken instrument playing the a dog barks"
+    tokenizer.train_from_iterator([words] * 3, trainer)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(Path(folder) / "tokenizer.json"))
+
+
+def make_qwen(folder, kind: str = "qwen2", shard_size: str = "1GB", tied: bool = True):
+    """Save a tiny Qwen2 or Qwen3 with random weights and its tokenizer; returns transformers' model of it."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=VOCABULARY, hidden_size=56, intermediate_size=72, num_hidden_layers=2,
+                 num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=tied,
+                 rope_parameters={"rope_type": "default", "rope_theta": 5000.0},
+                 bos_token_id=0, eos_token_id=2, attn_implementation="eager")
+    if kind == "qwen3":
+        model = Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=24))
+    else:
+        model = Qwen2ForCausalLM(Qwen2Config(**sizes))
+    _shake(model).save_pretrained(folder, max_shard_size=shard_size)
+    make_tokenizer(folder)
+    return model
+
+
+@pytest.fixture(scope="session")
+def whisper(tmp_path_factory):
+    """(folder, transformers' model) of a Whisper with 80 mels."""
+    folder = tmp_path_factory.mktemp("whisper")
+    return folder, make_whisper(folder)
+
+
+@pytest.fixture(scope="session")
+def whisper128(tmp_path_factory):
+    """(folder, transformers' model) of a Whisper with 128 mels, in several shards."""
+    folder = tmp_path_factory.mktemp("whisper128")
+    return folder, make_whisper(folder, 128, shard_size="100KB")
+
+
+@pytest.fixture(scope="session")
+def qwen(tmp_path_factory):
+    """(folder, transformers' model) of a Qwen2 with tied embeddings."""
+    folder = tmp_path_factory.mktemp("qwen")
+    return folder, make_qwen(folder)
+
+
+@pytest.fixture
+def model(whisper, qwen):
+    """A fresh joint model of the two folders."""
+    torch.manual_seed(0)
+    return UniWhisper.from_folders(whisper[0], qwen[0])

@@ -1,0 +1,610 @@
+"""data.py: decoding, resampling, rows of manifests and tars, sampling, batches, bad input."""
+import gzip
+import io
+import itertools
+import json
+import math
+import pickle
+import random
+import sys
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile as sf
+import torch
+
+import data
+from conftest import RATE, assert_one_line, noise, tone, write_clip, write_manifest
+from data import TEMPLATES, AudioError, Batches, Rows, Sampler, held_out, loader, read_audio, resample
+
+RATES = [8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 96000]
+
+
+# ---------------------------------------------------------------- resampling
+
+def sine(hertz, rate):
+    return torch.sin(2 * math.pi * hertz * torch.arange(rate, dtype=torch.float64) / rate).float()
+
+
+@pytest.mark.parametrize("rate", [*RATES, 22_040])
+def test_resampled_sines_keep_level_and_phase_and_leave_no_images(rate):
+    lower = min(rate, RATE) / 2  # the lower Nyquist frequency
+    for share in (0.01, 0.3, 0.7, 0.92):
+        hertz = share * lower
+        out = resample(sine(hertz, rate), rate).double()[800:-800]
+        t = 2 * math.pi * hertz * torch.arange(800, 800 + len(out), dtype=torch.float64) / RATE
+        waves = torch.stack((t.sin(), t.cos()), 1)
+        fit = torch.linalg.lstsq(waves, out[:, None]).solution[:, 0]
+        assert abs(20 * math.log10(fit.norm())) < 0.1
+        assert abs(math.atan2(fit[1], fit[0])) < 1e-3  # no delay
+        rest = (out - waves @ fit).square().mean() / 0.5
+        assert 10 * math.log10(rest + 1e-20) < -60
+
+
+@pytest.mark.parametrize("rate", [r for r in RATES if r > RATE])
+def test_frequencies_above_the_new_range_are_gone(rate):
+    for hertz in np.linspace(RATE / 2 + 20, rate / 2 - 20, 5):
+        out = resample(sine(hertz, rate), rate)[800:-800]
+        assert 10 * math.log10(out.square().mean() / 0.5 + 1e-20) < -60
+
+
+@pytest.mark.parametrize("rate", [*RATES, 22_040])
+def test_resampled_length_is_rounded_up_for_any_shape(rate):
+    for samples in (1, 7, 1000, 12_345):
+        audio = torch.randn(2, 3, samples)
+        out = resample(audio, rate)
+        assert out.shape == (2, 3, math.ceil(samples * RATE / rate))
+        assert torch.allclose(out[1, 2], resample(audio[1, 2], rate), atol=1e-5)
+
+
+@pytest.mark.parametrize("rate", [11_127, 22_255, 44_101, 95_999])
+def test_an_odd_rate_is_met_within_a_thousandth(rate):
+    out = resample(sine(1000, rate), rate)
+    assert abs(len(out) / RATE - 1) < 1e-3
+    spectrum = torch.fft.rfft(out[:15_000] * torch.hann_window(15_000)).abs()
+    assert abs(spectrum.argmax() * RATE / 15_000 - 1000) <= 1.1
+
+
+# ---------------------------------------------------------------- reading audio
+
+@pytest.mark.parametrize("name, error", [("a.wav", 1e-3), ("a.flac", 1e-3), ("a.ogg", 0.05), ("a.mp3", 0.05)])
+@pytest.mark.parametrize("rate, channels", [(16_000, 1), (44_100, 2), (22_050, 3)])
+def test_audio_of_every_format_comes_out_as_16_khz_mono(name, error, rate, channels, tmp_path):
+    if name == "a.mp3" and channels == 3:
+        channels = 2
+    whole = tone(1.0, 500, rate)
+    path = write_clip(tmp_path / name, np.stack([whole * (c + 1) for c in range(channels)], 1), rate)
+    audio = read_audio(path)
+    assert audio.dtype == torch.float32 and audio.shape == (RATE,)
+    expected = torch.from_numpy(tone(1.0, 500)) * (channels + 1) / 2  # the channels' mean
+    assert (audio - expected)[800:-800].abs().max() < error
+    assert torch.equal(read_audio(path.read_bytes()), audio) and torch.equal(read_audio(str(path)), audio)
+
+
+def bytes_of(audio, rate=RATE, **how):
+    file = io.BytesIO()
+    sf.write(file, audio, rate, **how)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["WAV PCM_16", "WAV PCM_24", "WAV FLOAT", "FLAC PCM_16", "OGG VORBIS",
+                                  "OGG OPUS"])
+def test_audio_cut_short_anywhere_is_refused(kind):
+    raw = bytes_of(noise(24_000).numpy(), 24_000, **dict(zip(("format", "subtype"), kind.split())))
+    n = len(raw)
+    assert read_audio(raw).shape == (16_000,)
+    for left in (n - 1, n - 2, n - 50, n - 700, n * 3 // 4, n // 2, 100, 30, 4, 1):
+        with pytest.raises(AudioError, match="^clip: (cut short|not readable|holds no samples)"):
+            read_audio(raw[:left], name="clip")
+
+
+def test_piped_wav_of_unknown_length_is_read():
+    raw = bytearray(bytes_of(tone(), format="WAV"))
+    at = raw.find(b"data") + 4
+    raw[4:8] = raw[at : at + 4] = b"\xff" * 4  # what ffmpeg writes where it cannot seek back
+    assert torch.equal(read_audio(bytes(raw)), read_audio(bytes_of(tone(), format="WAV")))
+
+
+NAN = np.where(np.arange(800) == 400, np.nan, 0.1)
+INFINITE = np.where(np.isnan(NAN), np.inf, NAN)
+BAD_AUDIO = {
+    "empty file": (b"", "the file is empty"),
+    "text": (b"This is no audio. " * 100, "not readable as audio"),
+    "zeros for bytes": (bytes(5000), "not readable as audio"),
+    "no samples": (bytes_of(np.zeros(0), format="WAV"), "holds no samples"),
+    "all samples zero": (bytes_of(np.zeros(800), format="FLAC"), "all samples are zero"),
+    "NaN": (bytes_of(NAN, format="WAV", subtype="FLOAT"), "NaN or infinite"),
+    "infinite": (bytes_of(INFINITE, format="WAV", subtype="DOUBLE"), "NaN or infinite"),
+    "too long": (bytes_of(tone(2.0), format="FLAC"), "2.0 s, longer than --max-seconds 1.5"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_AUDIO)
+def test_bad_audio_is_one_line_that_names_it(fault, tmp_path):
+    raw, says = BAD_AUDIO[fault]
+    (tmp_path / "bad.wav").write_bytes(raw)
+    with pytest.raises(AudioError) as e:
+        read_audio(tmp_path / "bad.wav", max_seconds=1.5)
+    assert_one_line(e, f"{tmp_path / 'bad.wav'}: ", says)
+
+
+def test_missing_audio_is_named(tmp_path):
+    with pytest.raises(AudioError, match="gone.wav: no such file"):
+        read_audio(tmp_path / "gone.wav")
+
+
+def test_a_clip_as_long_as_allowed_is_read():
+    assert len(read_audio(bytes_of(tone(1.5), format="FLAC"), max_seconds=1.5)) == 1.5 * RATE
+
+
+# ---------------------------------------------------------------- manifests
+
+def row(number=0, **more):
+    return {"audio": f"clips/{number}.wav", "instruction": "Which note?", "answer": f"note {number}",
+            "task": "pitch", "seconds": 0.5} | more
+
+
+@pytest.fixture
+def manifest(tmp_path):
+    """Six clips of different pitch with their manifest."""
+    for i in range(6):
+        write_clip(tmp_path / f"clips/{i}.wav", tone(0.2 + 0.05 * i, 200 + 100 * i))
+    return write_manifest(tmp_path / "m.jsonl", [row(i, seconds=0.2 + 0.05 * i) for i in range(6)])
+
+
+def test_rows_are_the_manifests_lines(manifest, tmp_path):
+    rows = Rows(manifest)
+    assert len(rows) == 6 and [rows[i] for i in range(6)] == [json.loads(line) for line in open(manifest)]
+    assert torch.equal(rows.audio(3), read_audio(tmp_path / "clips/3.wav"))
+    assert rows.raw(3) == (tmp_path / "clips/3.wav").read_bytes()
+    assert rows.name(3) == f"{manifest}:4 (clips/3.wav)"
+    assert np.allclose(rows.seconds, 0.2 + 0.05 * np.arange(6)) and rows.seconds.dtype == np.float32
+
+
+def test_rows_of_any_text_are_found_again(tmp_path):
+    lines = [row(answer=a) for a in ("Grüße 你好", "x" * 4090, "y" * 200_000)] + [row(extra={"kept": [1]})] * 2
+    text = "\r\n\n  \n".join(json.dumps(r, ensure_ascii=False) for r in lines)  # no newline at the end
+    text = "\ufeff" + text  # the mark that some editors put first
+    (tmp_path / "m.jsonl").write_bytes(text.encode("utf-8"))
+    rows = Rows(tmp_path / "m.jsonl")
+    assert [rows[i] for i in range(len(rows))] == lines
+    assert rows.name(4).startswith(f"{tmp_path / 'm.jsonl'}:13 ")
+
+
+def test_several_manifests_and_globs_come_in_order(tmp_path):
+    for name in "cab":
+        write_manifest(tmp_path / f"{name}.jsonl", [row(answer=name, task=name)])
+    rows = Rows([tmp_path / "c.jsonl", str(tmp_path / "[ab].jsonl")])
+    assert [r["answer"] for r in rows] == ["c", "a", "b"]
+    assert [rows.tasks[t] for t in rows.task] == ["c", "a", "b"]
+
+
+def test_splits_are_told_apart(tmp_path):
+    lines = [row(0), row(1, split="valid"), row(2, split=3), row(3, split="train")]
+    path = write_manifest(tmp_path / "m.jsonl", lines)
+    rows = Rows(path)
+    assert rows.splits == ["train", "valid", "3"]
+    assert [rows.where(s).tolist() for s in ("train", "3", "test")] == [[0, 3], [2], []]
+    kept = Rows(path, splits={"valid", "3"})
+    assert [r["answer"] for r in kept] == ["note 1", "note 2"]
+
+
+def test_missing_seconds_are_taken_from_the_clips_header(tmp_path):
+    write_clip(tmp_path / "clips/0.wav", tone(0.5, rate=22_050), 22_050)
+    rows = Rows(write_manifest(tmp_path / "m.jsonl", [{"audio": "clips/0.wav"}, {"audio": "clips/gone.wav"}]))
+    assert rows.seconds[0] == 0.5 and rows.seconds[1] == 0
+    with pytest.raises(AudioError, match=r"m.jsonl:2 \(clips/gone.wav\): .*No such file"):
+        rows.audio(1)
+
+
+BAD_ROWS = {
+    "not JSON": ('{"audio": "a.wav"', "not JSON"),
+    "not UTF-8": ('{"audio": "\udcff"}', "not JSON"),
+    "not an object": ("[1]", 'lacks "audio"'),
+    "no audio": ('{"answer": "x"}', 'lacks "audio"'),
+    "audio is no path": ({"audio": 3}, 'lacks "audio"'),
+    "no answer": ({"audio": "a.wav", "instruction": "Which?", "seconds": 1}, "answer is None"),
+    "empty answer": (row(answer="  "), "answer is '  '"),
+    "answer is a number": (row(answer=3), "answer is 3"),
+    "no instruction, unknown task": (row(instruction=None, task="yodel"), "task 'yodel' has no templates"),
+    "seconds is text": (row(seconds="1.0"), "seconds is '1.0'"),
+    "seconds is null": (row(seconds=None), "seconds is None"),
+    "seconds below 0": (row(seconds=-1), "seconds is -1"),
+    "seconds is NaN": (row(seconds=math.nan), "seconds is nan"),
+    "too long": (row(seconds=30.5), "30.5 s, longer than --max-seconds 30"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_ROWS)
+def test_bad_row_is_one_line_with_file_and_number(fault, tmp_path):
+    bad, says = BAD_ROWS[fault]
+    good = json.dumps(row())
+    text = "\n".join([good, good, bad if isinstance(bad, str) else json.dumps(bad), good])
+    (tmp_path / "m.jsonl").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError) as e:
+        Rows(tmp_path / "m.jsonl", answers=True, max_seconds=30)
+    assert_one_line(e, f"{tmp_path / 'm.jsonl'}:3: ", says)
+
+
+def test_the_first_ten_bad_rows_are_named_and_the_others_counted(tmp_path):
+    path = write_manifest(tmp_path / "m.jsonl", [row(answer="")] * 13)
+    with pytest.raises(ValueError) as e:
+        Rows(path, answers=True)
+    lines = str(e.value).splitlines()
+    assert [line.split(": ")[0] for line in lines[:10]] == [f"{path}:{n}" for n in range(1, 11)]
+    assert lines[10:] == ["... and 3 more"]
+
+
+def test_missing_empty_and_twice_named_manifests_are_refused(manifest, tmp_path):
+    for path in ("gone.jsonl", "gone*.tar"):
+        with pytest.raises(FileNotFoundError, match=rf"{path[:4]}.*: no such manifest or tar"):
+            Rows(tmp_path / path)
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    with pytest.raises(ValueError, match="empty.jsonl: holds no rows"):
+        Rows([manifest, tmp_path / "empty.jsonl"])
+    same = tmp_path / "same.jsonl"
+    same.symlink_to(manifest)
+    for twice in ([manifest, manifest], [manifest, tmp_path / "m*.jsonl"], [same, manifest]):
+        with pytest.raises(ValueError, match="named twice"):
+            Rows(twice)
+
+
+def test_rows_take_at_most_32_bytes_each_and_no_objects(tmp_path):
+    path = write_manifest(tmp_path / "m.jsonl", [row(i, label=["x"] * 9) for i in range(2000)])
+    rows = Rows(path)
+    arrays = [v for v in vars(rows).values() if isinstance(v, np.ndarray)]
+    assert sum(a.nbytes for a in arrays) <= 32 * len(rows) and all(len(a) == len(rows) for a in arrays)
+    rows[3]  # an open file
+    assert len(pickle.dumps(rows)) < 32 * len(rows) + 3000
+
+
+def test_pickled_rows_read_the_same(manifest):
+    rows = Rows(manifest)
+    rows.audio(0)  # opens the file
+    again = pickle.loads(pickle.dumps(rows))
+    assert [again[i] for i in range(6)] == [rows[i] for i in range(6)]
+    assert torch.equal(again.audio(5), rows.audio(5)) and again.name(5) == rows.name(5)
+
+
+# ---------------------------------------------------------------- tars
+
+def write_tar(path, members, **how):
+    """members: (name, bytes or dictionary)."""
+    with tarfile.open(path, "w", **how) as tar:
+        for name, content in members:
+            content = json.dumps(content).encode() if isinstance(content, dict) else content
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return str(path)
+
+
+def members_of(manifest, key="{:03d}"):
+    for i, line in enumerate(open(manifest)):
+        content = json.loads(line)
+        yield key.format(i) + ".json", {k: v for k, v in content.items() if k != "audio"}
+        yield key.format(i) + ".wav", (Path(manifest).parent / content["audio"]).read_bytes()
+
+
+@pytest.mark.parametrize("how", [{"format": tarfile.GNU_FORMAT}, {"format": tarfile.PAX_FORMAT}])
+@pytest.mark.parametrize("key", ["{:03d}", "./train/a.b_{:d}", "long" * 40 + "{}"])
+def test_rows_of_a_tar_equal_the_manifests(manifest, tmp_path, how, key):
+    members = list(members_of(manifest, key))
+    random.Random(0).shuffle(members)  # partners need not be neighbours
+    rows = Rows(write_tar(tmp_path / "t.tar", [("__readme.txt", b"hello"), *members], **how))
+    expected = Rows(manifest)
+    assert len(rows) == 6
+    order = [int(r["answer"].removeprefix("note ")) for r in rows]
+    assert sorted(order) == list(range(6))
+    for i, n in enumerate(order):
+        assert rows[i] | {"audio": ""} == expected[n] | {"audio": ""}
+        assert torch.equal(rows.audio(i), expected.audio(n)) and rows.seconds[i] == expected.seconds[n]
+        assert str(tmp_path / "t.tar") in rows.name(i)
+
+
+def test_a_key_that_comes_twice_gives_two_rows(tmp_path):
+    crops = [("k.json", row(0)), ("k.wav", bytes_of(tone(0.2), format="WAV")), ("k.json", row(1)),
+             ("k.wav", bytes_of(tone(0.3), format="WAV"))]
+    rows = Rows(write_tar(tmp_path / "t.tar", crops))
+    assert [r["answer"] for r in rows] == ["note 0", "note 1"]
+    assert [len(rows.audio(i)) for i in range(2)] == [3200, 4800]
+
+
+def test_seconds_of_a_tars_clip_come_from_its_header(tmp_path):
+    clip = bytes_of(tone(0.7), format="FLAC")
+    rows = Rows(write_tar(tmp_path / "t.tar", [("a.json", {"answer": "x"}), ("a.flac", clip)]))
+    assert np.isclose(rows.seconds[0], 0.7)
+
+
+WAV = bytes_of(tone(0.1), format="WAV")
+BAD_TARS = {
+    "audio without json": ([("a.wav", WAV)], ": a: audio without its .json"),
+    "json without audio": ([("a.json", row())], ": a: .json without its audio"),
+    "same part twice": ([("a.wav", WAV), ("a.flac", WAV), ("a.json", row())], ": a.flac: comes twice"),
+    "not JSON": ([("a.wav", WAV), ("a.json", b"{")], ": a.json: not JSON"),
+    "not an object": ([("a.wav", WAV), ("a.json", b"[]")], ": a.json: not a JSON object"),
+    "empty answer": ([("a.wav", WAV), ("a.json", row(answer=""))], ": a.json: answer is ''"),
+    "no members": ([], ": holds no rows"),
+    "too long": ([("a.wav", WAV), ("a.json", row(seconds=31))], ": a.json: 31 s, longer than --max-seconds"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_TARS)
+def test_bad_tar_is_one_line_that_names_the_member(fault, tmp_path):
+    members, says = BAD_TARS[fault]
+    path = write_tar(tmp_path / "t.tar", members)
+    with pytest.raises(ValueError) as e:
+        Rows(path, answers=True, max_seconds=30)
+    assert_one_line(e, f"{path}{says}")
+
+
+def test_a_tar_cut_short_anywhere_is_refused(manifest, tmp_path):
+    path = Path(write_tar(tmp_path / "t.tar", members_of(manifest)))
+    whole = path.read_bytes()
+    end = -(-len(whole.rstrip(b"\0")) // 512) * 512  # then empty blocks follow
+    assert len(Rows(path)) == 6
+    for left in (300, 512, 700, 1024, 1100, end // 2, end // 1024 * 512, end - 512, end - 1, end, end + 100):
+        path.write_bytes(whole[:left])
+        with pytest.raises(ValueError, match="t.tar: .*cut short"):
+            Rows(path)
+
+
+@pytest.mark.parametrize("name", ["t.tar", "t.tar.gz", "t.tgz"])
+def test_a_compressed_tar_is_refused_with_the_remedy(manifest, tmp_path, name):
+    raw = Path(write_tar(tmp_path / "plain", members_of(manifest))).read_bytes()
+    (tmp_path / name).write_bytes(gzip.compress(raw))
+    with pytest.raises(ValueError, match="unpack") as e:
+        Rows(tmp_path / name)
+    assert_one_line(e, f"{tmp_path / name}: ")
+
+
+# ---------------------------------------------------------------- sampling
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    """Rows of three tasks of different size and length, without audio; and the training rows' numbers."""
+    draw, lines = random.Random(0), []
+    for task, n, longest in (("language", 700, 30), ("pitch", 90, 4), ("drum", 11, 1)):
+        for _ in range(n):
+            lines.append(row(task=task, seconds=round(draw.uniform(0.2, longest), 2),
+                             split=draw.choice(["train", "train", "test"])))
+    rows = Rows(write_manifest(tmp_path_factory.mktemp("many") / "m.jsonl", lines))
+    return rows, rows.where("train")
+
+
+def first(sampler, n):
+    return list(itertools.islice(sampler, n))
+
+
+def pools(rows, index, n, **how):
+    """Row numbers of n whole pools, and the sampler."""
+    sampler = Sampler(rows, index, 60.0, **how)
+    return [i for _, batch in first(sampler, n * sampler.POOL) for i in batch], sampler
+
+
+@pytest.mark.parametrize("position", [0, 1, 63, 64, 65, 200])
+def test_resumed_at_any_position_the_stream_is_the_same(many, position):
+    whole = first(Sampler(*many, 60.0, seed=3), position + 70)
+    sampler = Sampler(*many, 60.0, seed=3)
+    state = sampler.state_dict()
+    state["position"] = position
+    again = Sampler(*many, 60.0, seed=3)
+    again.load_state_dict(json.loads(json.dumps(state)))
+    assert again.state_dict() == state and first(again, 70) == whole[position:]
+
+
+def test_another_seed_gives_another_stream(many):
+    assert first(Sampler(*many, 60.0, seed=1), 5) != first(Sampler(*many, 60.0, seed=2), 5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 1e9])
+def test_tasks_have_exactly_their_share_by_temperature(many, temperature):
+    rows, index = many
+    taken, sampler = pools(rows, index, 5, temperature=temperature)
+    sizes = Counter(rows.task[index].tolist())
+    weights = {t: n ** (1 / temperature) for t, n in sizes.items()}
+    for task, n in Counter(rows.task[taken].tolist()).items():
+        assert abs(n - 5 * sampler.pool_rows * weights[task] / sum(weights.values())) <= 1
+
+
+def test_tasks_have_exactly_their_share_by_weight(many):
+    rows, index = many
+    taken, sampler = pools(rows, index, 5, weights={"pitch": 3, "drum": 1})
+    counts = Counter(rows.tasks[t] for t in rows.task[taken])
+    assert set(counts) == {"pitch", "drum"}
+    assert abs(counts["pitch"] - 5 * sampler.pool_rows * 0.75) <= 1
+    assert abs(counts["drum"] - 5 * sampler.pool_rows * 0.25) <= 1
+
+
+def test_weights_of_unknown_tasks_and_an_empty_split_are_refused(many):
+    rows, index = many
+    with pytest.raises(ValueError, match=r"lacks: \['yodel'\]; it has \['drum', 'language', 'pitch'\]"):
+        Sampler(rows, index, 60.0, weights={"yodel": 1})
+    with pytest.raises(ValueError, match="no rows to train on"):
+        Sampler(rows, rows.where("valid"), 60.0)
+    for weights in ({"drum": 0}, {"drum": 1, "pitch": -0.5}):
+        with pytest.raises(ValueError, match="task weights {.*none may be below 0, and one must be above"):
+            Sampler(rows, index, 60.0, weights=weights)
+
+
+def test_every_row_of_a_task_comes_once_a_pass(many):
+    rows, index = many
+    for n in (1, 3, 8):
+        counts = Counter(pools(rows, index, n)[0])
+        assert set(counts) <= set(index.tolist())
+        for task in np.unique(rows.task[index]):
+            times = [counts[i] for i in index[rows.task[index] == task].tolist()]
+            assert max(times) - min(times) <= 1
+
+
+def test_each_pass_has_an_order_of_its_own(many):
+    rows, index = many
+    sampler, task = Sampler(rows, index, 60.0), rows.tasks.index("pitch")
+    n = len(sampler.members[task])
+    passes = [[sampler._row(task, turn * n + i) for i in range(n)] for turn in range(2)]
+    assert passes[0] != passes[1] and sorted(passes[0]) == sorted(passes[1]) == sampler.members[task].tolist()
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_ranks_parts_make_up_the_stream_of_one_process(many, world):
+    alone = first(Sampler(*many, 60.0), 40 * world)
+    parts = [first(Sampler(*many, 60.0, rank=r, world=world), 40) for r in range(world)]
+    assert sorted(itertools.chain(*parts)) == alone
+    assert [number for number, _ in parts[1]] == list(range(1, 40 * world, world))
+
+
+def test_batches_hold_about_the_seconds_asked_for(many):
+    rows, index = many
+    for target in (40.0, 120.0):
+        padded = [len(b) * rows.seconds[b].max() for _, b in first(Sampler(rows, index, target), 320)]
+        assert 0.85 * target < np.mean(padded) < 1.1 * target and max(padded) < 1.5 * target
+        whole = sum(rows.seconds[b].sum() for _, b in first(Sampler(rows, index, target), 320))
+        assert whole > 0.85 * sum(padded)  # rows of like length: little padding
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1.0, 30.0])
+@pytest.mark.parametrize("tasks", [1, 7])
+def test_no_batch_is_ever_empty(tmp_path, seconds, tasks):
+    lines = [row(i, seconds=seconds, task=f"t{i % tasks}") for i in range(2 * tasks)]
+    rows = Rows(write_manifest(tmp_path / "m.jsonl", lines))
+    sampler = Sampler(rows, rows.where("train"), 1.0, temperature=1.7)
+    batches = first(sampler, 4 * sampler.POOL)
+    assert all(0 < len(batch) <= 11 for _, batch in batches)
+    assert [n for n, _ in batches] == list(range(len(batches)))
+
+
+def test_tasks_of_nearly_one_length_are_mixed_within_batches(tmp_path):
+    lines = [row(task=t, seconds=s) for t, s in (("drum", 1.0), ("pitch", 1.01)) for _ in range(500)]
+    rows = Rows(write_manifest(tmp_path / "m.jsonl", lines))
+    batches = first(Sampler(rows, rows.where("train"), 10.0), 64)
+    assert sum(len(set(rows.task[batch].tolist())) == 2 for _, batch in batches) > 58
+
+
+def test_held_out_rows_are_fixed_and_at_most_so_many_a_task(many):
+    rows, _ = many
+    specs = held_out(rows, "test", 5, 60.0, seed=1)
+    assert specs == held_out(rows, "test", 5, 60.0, seed=1) != held_out(rows, "test", 5, 60.0, seed=2)
+    taken = [i for _, batch in specs for i in batch]
+    assert len(taken) == len(set(taken)) and set(taken) <= set(rows.where("test").tolist())
+    sizes = Counter(rows.task[rows.where("test")].tolist())
+    assert Counter(rows.task[taken].tolist()) == {t: min(n, 5) for t, n in sizes.items()}
+    assert sum(len(batch) for _, batch in held_out(rows, "test", 0, 60.0)) == len(rows.where("test"))
+    assert held_out(rows, "valid", 5, 60.0) == []
+
+
+# ---------------------------------------------------------------- batches
+
+class Letters:
+    """A stand-in for the tokenizer: one id a letter."""
+
+    def prompt(self, instruction):
+        return [ord(c) for c in instruction]
+
+    def answer(self, text):
+        return [ord(c) for c in text] + [0]
+
+
+@pytest.fixture
+def untold(tmp_path):
+    """Twelve clips whose rows have no instruction but every third."""
+    lines = []
+    for i in range(12):
+        write_clip(tmp_path / f"clips/{i}.wav", tone(0.1 + 0.02 * i, 200 + 50 * i))
+        lines.append(row(i, seconds=0.1 + 0.02 * i, answer=f" note {i} "))
+        if i % 3:
+            del lines[i]["instruction"]
+    return write_manifest(tmp_path / "m.jsonl", lines)
+
+
+def assert_same(a, b):
+    assert torch.equal(a.audio, b.audio) and torch.equal(a.samples, b.samples)
+    for name in ("prompts", "answers", "tasks", "rows", "instructions", "texts", "skipped"):
+        assert getattr(a, name) == getattr(b, name)
+
+
+def test_a_batch_holds_its_rows(untold):
+    rows = Rows(untold, answers=True)
+    batch = Batches(rows, Letters())[0, [3, 0, 9]]
+    assert batch.rows == [3, 0, 9] and batch.tasks == ["pitch"] * 3 and batch.skipped == []
+    assert batch.texts == ["note 3", "note 0", "note 9"]
+    assert batch.answers == [Letters().answer(t) for t in batch.texts]
+    assert batch.prompts == [Letters().prompt("Which note?")] * 3
+    assert batch.samples.tolist() == [len(rows.audio(i)) for i in batch.rows]
+    assert batch.audio.shape == (3, max(batch.samples))
+    for i, n, audio in zip(batch.rows, batch.samples, batch.audio):
+        assert torch.equal(audio[:n], rows.audio(i)) and not audio[n:].any()
+
+
+def test_batches_do_not_depend_on_the_number_of_workers(untold):
+    rows = Rows(untold, answers=True)
+    def stream(workers):
+        sampler = Sampler(rows, rows.where("train"), 1.0, seed=5)
+        sampler.load_state_dict({"position": 60})
+        return list(itertools.islice(loader(Batches(rows, Letters(), seed=5), sampler, workers), 8))
+    here = stream(0)
+    assert len({tuple(b.rows) for b in here}) > 1
+    for workers in (1, 2):
+        for a, b in zip(here, stream(workers), strict=True):
+            assert_same(a, b)
+
+
+def test_templates_are_drawn_by_the_seed(untold):
+    rows = Rows(untold, answers=True)
+    drawn = lambda seed: [Batches(rows, Letters(), seed)[n, list(range(12))].instructions for n in range(8)]
+    assert drawn(1) == drawn(1) != drawn(2)
+    assert all(text == "Which note?" for batch in drawn(1) for text in batch[::3])  # a row's own instruction
+    assert {text for batch in drawn(1) for i, text in enumerate(batch) if i % 3} == set(TEMPLATES["pitch"])
+
+
+def test_unreadable_clips_are_skipped_and_named(untold, tmp_path):
+    (tmp_path / "clips/4.wav").unlink()
+    (tmp_path / "clips/7.wav").write_text("no audio")
+    batch = Batches(Rows(untold, answers=True), Letters())[0, [3, 4, 7, 8]]
+    assert batch.rows == [3, 8] and batch.texts == ["note 3", "note 8"]
+    assert [task for task, _ in batch.skipped] == ["pitch", "pitch"]
+    assert batch.skipped[0][1].startswith(f"{untold}:5 (clips/4.wav): ")
+    assert batch.skipped[1][1].startswith(f"{untold}:8 (clips/7.wav): ")
+
+
+def test_a_clip_longer_than_allowed_is_skipped_though_its_row_says_less(untold):
+    batch = Batches(Rows(untold, answers=True), Letters(), max_seconds=0.2)[0, [2, 11]]
+    assert batch.rows == [2] and "0.3 s, longer than --max-seconds 0.2" in batch.skipped[0][1]
+
+
+def test_an_unreadable_batch_is_replaced_by_the_next_row_of_its_split(tmp_path):
+    lines = [row(0), row(1, split="valid"), row(2)]
+    for i in (1, 2):
+        write_clip(tmp_path / f"clips/{i}.wav")
+    rows = Rows(write_manifest(tmp_path / "m.jsonl", lines), answers=True)
+    batch = Batches(rows, Letters())[0, [0]]
+    assert batch.rows == [2] and len(batch.skipped) == 1  # never a held-out row in training
+
+
+@pytest.mark.parametrize("rows, tried", [(5, 6), (100, 22)])
+def test_when_nothing_can_be_read_that_soon_is_an_error(rows, tried, tmp_path):
+    rows = Rows(write_manifest(tmp_path / "m.jsonl", [row(i) for i in range(rows)]), answers=True)
+    with pytest.raises(AudioError) as e:
+        Batches(rows, Letters())[0, [3, 4]]
+    assert_one_line(e, f"{tried} clips in a row cannot be read; the last: {tmp_path / 'm.jsonl'}:")
+
+
+def test_every_template_table_row_has_wordings():
+    assert all(texts and all(t.strip() == t and t for t in texts) for texts in TEMPLATES.values())
+
+
+# ---------------------------------------------------------------- command line
+
+def test_command_line_lists_the_tasks_and_the_unreadable_clips(manifest, tmp_path, monkeypatch, capsys):
+    (tmp_path / "clips/2.wav").write_text("no audio")
+    monkeypatch.setattr(sys, "argv", ["data.py", manifest, "--decode"])
+    with pytest.raises(SystemExit) as e:
+        data.main()
+    out = capsys.readouterr().out
+    assert e.value.code == 1 and "pitch" in out and "{'train': 6}" in out
+    assert f"{manifest}:3 (clips/2.wav)" in out and "1 of 6 clips cannot be read" in out
+    monkeypatch.setattr(sys, "argv", ["data.py", str(tmp_path / "gone.jsonl")])
+    with pytest.raises(SystemExit, match="error: .*gone.jsonl: no such manifest or tar"):
+        data.main()
