@@ -68,7 +68,7 @@ class Settings:
     precision: str = flag("", "default: bf16 where the device has it, else fp32", choices=tuple(PRECISIONS))
     seed: int = flag(0, "of the adapter, the sampler and the instructions")
     # speed and memory
-    device: str = flag("", "default: cuda if there is one, else cpu")
+    device: str = flag("", "default: cuda if there is one, else cpu", choices=("cuda", "cpu"))
     compile: bool = flag(False, "torch.compile each layer")
     checkpoint_layers: bool = flag(False, "recompute layers in backward: less memory, about a third more time")
     # reports and checkpoints
@@ -96,7 +96,7 @@ EXAMPLE = dict(encoder=str(HERE / "weights/tiny/encoder"), decoder=str(HERE / "w
 def parse(argv=None) -> Settings:
     """Command line -> resolved settings. Raises ValueError for what does not fit together."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                argument_default=argparse.SUPPRESS)
+                                argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for f in dataclasses.fields(Settings):
         extra = {k: f.metadata[k] for k in ("nargs", "choices") if k in f.metadata}
         kind = {"action": "store_true"} if f.type is bool else {"type": str if "nargs" in extra else f.type, **extra}
@@ -107,13 +107,17 @@ def parse(argv=None) -> Settings:
     for name in ("encoder", "decoder"):
         if not getattr(s, name):
             raise ValueError(f"--data needs --{name}, a Hugging Face folder; see weights/README.md")
-    for name in ("steps", "batch_seconds", "accumulate", "stack", "max_seconds", "temperature", "log_every", "eval_every",
-                 "save_every", "keep"):
+    for name in ("steps", "batch_seconds", "accumulate", "stack", "max_seconds", "temperature", "clip", "log_every",
+                 "eval_every", "save_every", "keep"):
         if getattr(s, name) <= 0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(s, name)}; it must be above 0")
     if s.valid_split in s.train_split:
         raise ValueError(f"--valid-split {s.valid_split} is also in --train-split: the held-out loss would be trained on")
+    if s.probe_every and not s.probe_data:
+        raise ValueError("--probe-every needs --probe-data")
     device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device is cuda, but there is no GPU that torch can use")
     fast_bf16 = torch.cuda.is_bf16_supported() if device == "cuda" else torch.cpu._is_avx512_bf16_supported()
     return dataclasses.replace(
         s, device=device, precision=s.precision or ("bf16" if fast_bf16 else "fp32"), out=os.path.abspath(s.out),
@@ -198,7 +202,7 @@ def wrap(s: Settings, model: UniWhisper, ranks: Ranks, step: int):
         p.requires_grad_(step >= s.freeze_encoder and name != "embed_positions.weight")
     if ranks.world == 1:
         return model
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
 def autocast(s: Settings):
@@ -248,7 +252,11 @@ def rng_state(ranks: Ranks) -> dict:
 
 def load_state(s: Settings, checkpoint: Path, ranks: Ranks, rows: Rows) -> dict:
     """The trainer's part of a checkpoint. Raises ValueError if it was made with other settings."""
-    state = torch.load(checkpoint / "trainer.pt", map_location="cpu")
+    try:
+        state = torch.load(checkpoint / "trainer.pt", map_location="cpu")
+    except Exception as e:  # torch.load has many classes of errors for a damaged file
+        raise ValueError(f"{checkpoint}/trainer.pt is damaged ({str(e).splitlines()[0]}); remove {checkpoint} to resume from "
+                         "the one before") from None
     then, now = state["settings"], fixed_settings(s, ranks, rows)
     differ = [f"{k} was {then.get(k)!r}, is {v!r}" for k, v in now.items() if then.get(k) != v]
     if differ:
@@ -281,9 +289,11 @@ class Log:
         self.start = self.mark = time.perf_counter()
         self.path = Path(s.out) / "metrics.jsonl"
         if ranks.rank == 0:  # what a killed run wrote after its last checkpoint is going to be written again
-            lines = self.path.read_text().splitlines() if self.path.exists() else []
-            kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-            self.path.write_text("".join(line + "\n" for line in kept) if step else "")
+            lines = self.path.read_bytes().splitlines(keepends=True) if step and self.path.exists() else []
+            kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
+            new = self.path.with_suffix(".new")
+            new.write_bytes(b"".join(kept))
+            new.replace(self.path)
 
     def count(self, batches) -> None:
         """Name what could not be read; end the run when it is too much."""
@@ -302,7 +312,7 @@ class Log:
     def write(self, step: int, **values) -> None:
         if self.ranks.rank == 0:
             with open(self.path, "a") as f:
-                f.write(json.dumps({"step": step, **values}, ensure_ascii=False) + "\n")
+                f.write(json.dumps({"step": step, **values}) + "\n")
 
     def line(self, step: int, optimizer, norm: float) -> None:
         """The dense line of an interval, on the console and as JSON."""
@@ -342,6 +352,8 @@ def evaluate(s: Settings, model, ranks: Ranks, batches: Batches, specs) -> dict[
     numbers = {t: i for i, t in enumerate(batches.rows.tasks)}
     sums = torch.zeros(len(numbers), 2, dtype=torch.float64, device=ranks.device)
     for batch in loader(batches, specs[ranks.rank :: ranks.world], s.workers):
+        for _, message in batch.skipped:
+            print(f"skipped: {message}", file=sys.stderr, flush=True)
         with autocast(s):
             losses, tokens = model(batch.to(ranks.device), per_row=True)
         tally(sums, numbers, batch, losses, tokens)
@@ -356,9 +368,10 @@ def tally(sums, numbers, batch, losses, tokens) -> None:
 
 
 def ask(s: Settings, model, ranks: Ranks, batches: Batches, specs) -> list[dict]:
-    """Answers to the first of each task's held-out questions, beside the truth."""
+    """Answers to held-out questions, the same ones each time and of all tasks in turn, beside the truth."""
     rows, by_task = batches.rows, {}
-    for i in sorted(i for _, spec in specs for i in spec):
+    held_out_rows = sorted(i for _, spec in specs for i in spec)
+    for i in np.random.default_rng(s.seed).permutation(held_out_rows).tolist():
         by_task.setdefault(int(rows.task[i]), []).append(i)
     turns = [i for turn in itertools.zip_longest(*by_task.values()) for i in turn if i is not None]
     picked = sorted(turns[: s.samples], key=lambda i: rows.seconds[i])
@@ -372,31 +385,32 @@ def ask(s: Settings, model, ranks: Ranks, batches: Batches, specs) -> list[dict]
     return sorted(answers, key=lambda a: a["task"])
 
 
-def report(s: Settings, model, ranks: Ranks, log: Log, batches: Batches, specs, step: int, before: dict | None) -> dict:
-    """Held-out losses (beside those before training, if known) and a few answers, on the console and in metrics.jsonl."""
-    losses = evaluate(s, model, ranks, batches, specs)
-    log.write(step, held_out=losses)
-    was = lambda t: f"{before[t]:.3f} -> " if before else ""
-    ranks.say(f"step {step}/{s.steps}  held-out loss: " + "  ".join(f"{t} {was(t)}{v:.3f}" for t, v in losses.items()))
-    if s.samples and specs and ranks.rank == 0:
-        answers = ask(s, model, ranks, batches, specs)
+def report(t: "Trainer") -> dict[str, float]:
+    """Held-out losses (beside those before training) and a few answers, on the console and in metrics.jsonl."""
+    s, ranks, place = t.s, t.ranks, f"step {t.step}/{t.s.steps}"
+    losses = evaluate(s, t.model, ranks, t.batches, t.held_out)
+    t.log.write(t.step, held_out=losses)
+    was = lambda task: f"{t.before[task]:.3f} -> " if t.before else ""
+    ranks.say(f"{place}  held-out loss: " + "  ".join(f"{task} {was(task)}{v:.3f}" for task, v in losses.items()))
+    if s.samples and t.held_out and ranks.rank == 0:
+        answers = ask(s, t.model, ranks, t.batches, t.held_out)
         plain = lambda text: " ".join(text.casefold().strip(" .!?\"'").split())
         right = sum(plain(a["truth"]) == plain(a["answer"]) for a in answers)
         for a in answers:
             ranks.say(f"    {a['task']:14s} {a['instruction'][:40]:40s}  truth: {a['truth'][:50]:30s}  answer: {a['answer'][:60]!r}")
-        ranks.say(f"step {step}/{s.steps}  held-out answers right: {right} of {len(answers)}")
-        log.write(step, answers=answers, right=right)
+        ranks.say(f"{place}  held-out answers right: {right} of {len(answers)}")
+        t.log.write(t.step, answers=answers, right=right)
     return losses
 
 
-def probe(s: Settings, model, ranks: Ranks, log: Log, step: int) -> None:
+def probe(t: "Trainer") -> None:
     """kNN scores of the encoder as it is now, on a few held-out clips of each task; the other ranks go on meanwhile."""
-    if ranks.rank == 0:
+    if t.ranks.rank == 0:
         from probe import knn_scores
 
-        scores = knn_scores(model.encoder, Rows(s.probe_data), device=s.device)
-        log.write(step, knn=scores)
-        ranks.say(f"step {step}/{s.steps}  kNN: " + "  ".join(f"{t} {v:.3f}" for t, v in scores.items()))
+        scores = knn_scores(t.model.encoder, t.probe_rows, device=t.s.device)
+        t.log.write(t.step, knn=scores)
+        t.ranks.say(f"step {t.step}/{t.s.steps}  kNN: " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
 
 
 # ---------------------------------------------------------------- training
@@ -410,9 +424,8 @@ def open_data(s: Settings, ranks: Ranks) -> Rows:
         folder = Path(s.out) / "clips"
         if ranks.rank == 0:
             write_clips(folder)
-        ranks.gather(None)  # the others wait
         if ranks.world > 1:
-            dist.barrier()
+            dist.barrier()  # the others wait
         data = sorted(map(str, folder.glob("*.jsonl")))
     return Rows(data, answers=True, splits={*s.train_split, s.valid_split}, max_seconds=s.max_seconds)
 
@@ -453,103 +466,123 @@ def update(s: Settings, run, model, optimizer, scaler, batches, ranks: Ranks):
     return norm, parts
 
 
+class Trainer:
+    """What a run is made of; `state` and `restore` carry it through a checkpoint."""
+
+    def __init__(self, s: Settings):
+        self.s, self.ranks, checkpoint = s, start_ranks(s), newest_checkpoint(s.out)
+        if checkpoint and not s.resume:
+            raise ValueError(f"{s.out} holds a run already: add --resume to go on with it, or choose another --out")
+        if s.resume and not checkpoint:
+            self.ranks.say(f"{s.out} has no finished checkpoint yet: starting at step 0")
+        self.rows = open_data(s, self.ranks)
+        self.probe_rows = Rows(s.probe_data) if s.probe_every else None
+        self.sampler = make_sampler(s, self.rows, self.ranks)
+        self.model = build_model(s, self.ranks, checkpoint)
+        self.optimizer = build_optimizer(s, self.model)
+        self.scaler = torch.amp.GradScaler(s.device, enabled=s.precision == "fp16")
+        self.step, self.bad = 0, 0  # updates done; updates in a row that were not finite
+        self.before = None  # held-out losses before training
+        state = load_state(s, checkpoint, self.ranks, self.rows) if checkpoint else None
+        Path(s.out).mkdir(parents=True, exist_ok=True)
+        self.log = Log(s, self.ranks, self.rows.tasks, state["step"] if state else 0)
+        if state:
+            self.restore(state)
+        self.batches = Batches(self.rows, self.model.tokenizer, s.seed, s.max_seconds)
+        self.held_out = held_out(self.rows, s.valid_split, s.eval_clips, s.batch_seconds, s.seed)
+
+    def state(self) -> dict:
+        """All but the weights, gathered on rank 0."""
+        ranks, log = self.ranks, self.log
+        return dict(step=self.step, bad=self.bad, before=self.before, optimizer=self.optimizer.state_dict(),
+                    scaler=self.scaler.state_dict(), sampler=self.sampler.state_dict(),
+                    settings=fixed_settings(self.s, ranks, self.rows), sums=ranks.sum(log.sums.clone()).cpu(),
+                    seen=ranks.gather(log.seen), random=ranks.gather(rng_state(ranks)))
+
+    def restore(self, state: dict) -> None:
+        self.step, self.bad, self.before = state["step"], state["bad"], state["before"]
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.sampler.load_state_dict(state["sampler"])
+        if self.ranks.rank == 0:  # the sums are those of all ranks
+            self.log.sums += state["sums"].to(self.ranks.device)
+        self.log.seen = state["seen"][self.ranks.rank]
+
+
 def train(s: Settings) -> None:
-    ranks = start_ranks(s)
-    checkpoint = newest_checkpoint(s.out)
-    if checkpoint and not s.resume:
-        raise ValueError(f"{s.out} holds a run already: add --resume to go on with it, or choose another --out")
-    rows = open_data(s, ranks)
-    sampler = make_sampler(s, rows, ranks)
-    model = build_model(s, ranks, checkpoint)
-    optimizer, scaler = build_optimizer(s, model), torch.amp.GradScaler(s.device, enabled=s.precision == "fp16")
-    step, bad, before = 0, 0, None
-    if checkpoint:
-        state = load_state(s, checkpoint, ranks, rows)
-        step, bad, before = state["step"], state["bad"], state["before"]
-        optimizer.load_state_dict(state["optimizer"])
-        scaler.load_state_dict(state["scaler"])
-        sampler.load_state_dict(state["sampler"])
-    elif s.resume:
-        ranks.say(f"{s.out} has no finished checkpoint yet: starting at step 0")
-    Path(s.out).mkdir(parents=True, exist_ok=True)
-    log = Log(s, ranks, rows.tasks, step)
-    if checkpoint:
-        log.sums += state["sums"].to(ranks.device) if ranks.rank == 0 else 0
-        log.seen = state["seen"][ranks.rank]
-    batches = Batches(rows, model.tokenizer, s.seed, s.max_seconds)
-    specs = held_out(rows, s.valid_split, s.eval_clips, s.batch_seconds, s.seed)
-    introduce(s, ranks, model, rows, step)
-    if before is None:
-        before = report(s, model, ranks, log, batches, specs, step, None)
-    run = wrap(s, model, ranks, step)
-    stream = iter(loader(batches, sampler, s.workers, ranks.device.type == "cuda"))
+    t = Trainer(s)
+    ranks, log = t.ranks, t.log
+    introduce(t)
+    if t.before is None:
+        t.before = report(t)
+    run = wrap(s, t.model, ranks, t.step)
+    stream = iter(loader(t.batches, t.sampler, s.workers, ranks.device.type == "cuda"))
     log.start = log.mark = time.perf_counter()
-    while step < s.steps:
-        if step == s.freeze_encoder > 0:
-            run = wrap(s, model, ranks, step)
-        set_rates(s, optimizer, step)
-        mine = [next(stream) for _ in range(s.accumulate)]
-        log.count(mine)
-        norm, parts = update(s, run, model, optimizer, scaler, mine, ranks)
-        step += 1
-        sampler.position = step * ranks.world * s.accumulate
+    while t.step < s.steps:
+        if t.step == s.freeze_encoder > 0:
+            run = wrap(s, t.model, ranks, t.step)
+        set_rates(s, t.optimizer, t.step)
+        batches = [next(stream) for _ in range(s.accumulate)]
+        log.count(batches)
+        norm, parts = update(s, run, t.model, t.optimizer, t.scaler, batches, ranks)
+        t.step += 1
+        t.sampler.position = t.step * ranks.world * s.accumulate
         if math.isfinite(norm):
-            bad = 0
-            for batch, (losses, tokens) in zip(mine, parts):
+            t.bad = 0
+            for batch, (losses, tokens) in zip(batches, parts):
                 tally(log.sums, log.numbers, batch, losses, tokens)
         else:
-            bad += 1
-            complain(s, ranks, log, rows, mine, parts, step, norm, bad)
-        if step % s.log_every == 0 or step == s.steps:
-            log.line(step, optimizer, norm)
-        if step % s.save_every == 0 or step == s.steps:
-            state = dict(step=step, bad=bad, before=before, optimizer=optimizer.state_dict(), scaler=scaler.state_dict(),
-                         sampler=sampler.state_dict(), settings=fixed_settings(s, ranks, rows),
-                         sums=ranks.sum(log.sums.clone()).cpu(), seen=ranks.gather(log.seen),
-                         random=ranks.gather(rng_state(ranks)))
+            t.bad += 1
+            complain(t, batches, parts, norm)
+        if t.step % s.log_every == 0 or t.step == s.steps:
+            log.line(t.step, t.optimizer, norm)
+        if t.step % s.eval_every == 0 or t.step == s.steps:
+            report(t)
+        if s.probe_every and t.step % s.probe_every == 0:
+            probe(t)
+        # The checkpoint comes last: a run killed before it does this step's reports again, one killed after it has them all.
+        if t.step % s.save_every == 0 or t.step == s.steps:
+            state = t.state()
             if ranks.rank == 0:
-                save_checkpoint(s, model, state, step)
-        if step % s.eval_every == 0 and step < s.steps:
-            report(s, model, ranks, log, batches, specs, step, before)
-        if s.probe_every and step % s.probe_every == 0:
-            probe(s, model, ranks, log, step)
-    report(s, model, ranks, log, batches, specs, step, before)
+                save_checkpoint(s, t.model, state, t.step)
     if ranks.rank == 0:
-        save_encoder(model.encoder, Path(s.out) / "encoder", s.encoder)
+        save_encoder(t.model.encoder, Path(s.out) / "encoder", s.encoder)
         ranks.say(f"{s.out}/encoder: the trained encoder, a Hugging Face Whisper folder")
     if ranks.world > 1:
         dist.destroy_process_group()
 
 
-def introduce(s: Settings, ranks: Ranks, model, rows: Rows, step: int) -> None:
+def introduce(t: Trainer) -> None:
     """Say what is going to be trained on what, and save it as config.json."""
-    millions = lambda part: sum(p.numel() for p in part.parameters()) / 1e6
-    ranks.say(f"encoder {millions(model.encoder):.1f} M, adapter {millions(model.adapter):.1f} M, decoder "
-              f"{millions(model.decoder):.1f} M (frozen); {len(rows)} clips, {rows.seconds.sum(dtype=float) / 3600:.2f} h, "
-              f"{len(rows.tasks)} tasks; {ranks.world} x {s.device}, {s.precision}; from step {step}")
-    if ranks.rank == 0:
-        (Path(s.out) / "config.json").write_text(json.dumps(dataclasses.asdict(s), indent=2) + "\n")
+    millions = lambda part: f"{sum(p.numel() for p in part.parameters()) / 1e6:.1f} M"
+    t.ranks.say(f"encoder {millions(t.model.encoder)}, adapter {millions(t.model.adapter)}, decoder {millions(t.model.decoder)} "
+                f"(frozen); {len(t.rows)} clips, {t.rows.seconds.sum(dtype=float) / 3600:.2f} h, {len(t.rows.tasks)} tasks; "
+                f"{t.ranks.world} x {t.s.device}, {t.s.precision}; from step {t.step}")
+    if t.ranks.rank == 0:
+        (Path(t.s.out) / "config.json").write_text(json.dumps(dataclasses.asdict(t.s), indent=2) + "\n")
 
 
-def complain(s: Settings, ranks: Ranks, log: Log, rows: Rows, batches, parts, step: int, norm: float, bad: int) -> None:
-    """A non-finite update was left out: log its rows, those with a non-finite loss if there are any."""
-    losses = [x for p, _ in parts for x in p.tolist()]
-    numbers = [i for b in batches for i in b.rows]
-    guilty = [i for i, x in zip(numbers, losses) if not math.isfinite(x)] or numbers
-    names = [rows.name(i) for i in guilty[:50]]
-    print(f"step {step}: gradient norm is {norm}, update left out; rank {ranks.rank}'s rows: {', '.join(names)}",
-          file=sys.stderr, flush=True)
-    log.write(step, non_finite=norm, rows=names)
-    if bad >= BAD_STEPS_IN_A_ROW * (5 if s.precision == "fp16" else 1):
-        raise ArithmeticError(f"{bad} updates in a row were not finite; lower the learning rates or look at the rows named above")
+def complain(t: Trainer, batches, parts, norm: float) -> None:
+    """An update was left out: log the rows, of all ranks, whose loss is not finite; if there is none, all rows."""
+    finite = [(i, math.isfinite(x)) for b, (losses, _) in zip(batches, parts) for i, x in zip(b.rows, losses.tolist())]
+    gathered = t.ranks.gather(finite)
+    if t.ranks.rank == 0:
+        pairs = dict(pair for part in gathered for pair in part)  # row number -> is its loss finite
+        names = [t.rows.name(i) for i in [i for i, fine in pairs.items() if not fine] or pairs]
+        print(f"step {t.step}: gradient norm is {norm}, update left out; rows: {', '.join(names)}", file=sys.stderr, flush=True)
+        t.log.write(t.step, non_finite=norm, rows=names)
+    if t.bad >= BAD_STEPS_IN_A_ROW * (5 if t.s.precision == "fp16" else 1):
+        raise ArithmeticError(f"{t.bad} updates in a row were not finite; lower the learning rates or look at the rows named above")
 
 
 def main():
     try:
         train(parse())
     except (OSError, ValueError, ArithmeticError) as e:
-        text = str(e)  # an error in a worker comes with its whole traceback: the last line says it
-        sys.exit(f"error: {text.strip().splitlines()[-1] if text.startswith('Caught ') else text}")
+        text = str(e)
+        if text.startswith("Caught "):  # in a worker, with its whole traceback: the last line has the error's class and text
+            text = text.strip().splitlines()[-1].partition(": ")[2]
+        sys.exit(f"error: {text}")
 
 
 if __name__ == "__main__":

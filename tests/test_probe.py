@@ -1,0 +1,644 @@
+"""probe.py: metrics and neighbours against scikit-learn, probes against autograd, choice on valid, cache, X-ARES tars."""
+import io
+import json
+import math
+import os
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile as sf
+import torch
+from torch import nn
+
+import probe
+import uniwhisper
+from data import Rows
+from probe import Settings, Spec, Task
+
+torch.set_num_threads(1)
+TINY = {"model_type": "whisper", "d_model": 24, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32,
+        "num_mel_bins": 80, "max_source_positions": 1500}
+
+
+def quiet(text):
+    pass
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A tiny random encoder as a Hugging Face folder."""
+    return make_encoder(tmp_path_factory.mktemp("tiny"), 0)
+
+
+def make_encoder(path, seed):
+    torch.manual_seed(seed)
+    uniwhisper.save_encoder(uniwhisper.WhisperEncoder(TINY), path)
+    return path
+
+
+def tone(hertz, seconds=0.3, seed=0, rate=16000):
+    t = np.arange(round(rate * seconds)) / rate
+    return (0.3 * np.sin(2 * np.pi * hertz * t) + 0.02 * np.random.default_rng(seed).normal(size=len(t))).astype(np.float32)
+
+
+def write_manifest(path, name, rows):
+    """rows: (dictionary, audio samples or raw bytes or None for no file) -> a manifest beside its clips."""
+    lines = []
+    for i, (row, audio) in enumerate(rows):
+        clip = f"{name}-{i}.wav"
+        if isinstance(audio, bytes):
+            Path(path, clip).write_bytes(audio)
+        elif audio is not None:
+            sf.write(Path(path, clip), audio, 16000)
+        lines.append(json.dumps({"audio": clip, "task": name, "domain": "music"} | row) + "\n")
+    Path(path, f"{name}.jsonl").write_text("".join(lines))
+    return Path(path, f"{name}.jsonl")
+
+
+NOTES = {"low": 300, "middle": 1000, "high": 3000}
+
+
+def note_rows(count=24, splits=("train", "train", "valid", "test"), **more):
+    out = []
+    for i in range(count):
+        label, hertz = list(NOTES.items())[i % 3]
+        out.append(({"label": label, "split": splits[i // 3 % len(splits)], **more}, tone(hertz * (1 + 0.01 * (i // 3)), seed=i)))
+    return out
+
+
+def settings(tmp, **more):
+    return Settings(**{"cache": str(tmp / "cache"), "hidden": 0, "epochs": 30, "seeds": 2, "device": "cpu"} | more)
+
+
+def main(*argv):
+    """The command line in this process -> (exit code, or the message of one)."""
+    old, sys.argv = sys.argv, ["probe.py", *map(str, argv)]
+    try:
+        probe.main()
+        return 0
+    except SystemExit as e:
+        return e.code
+    finally:
+        sys.argv = old
+
+
+# ---------------------------------------------------------------- metrics
+
+def test_accuracy():
+    scores = torch.tensor([[2.0, 1, 0], [0, 1, 3], [0, 5, 4], [1, 0, 0]])
+    assert probe.accuracy(scores, torch.tensor([0, 2, 2, 0])) == 0.75
+
+
+def test_average_precision_by_hand():
+    # hits at ranks 1, 3: (1/1 + 2/3) / 2
+    assert probe.average_precision(torch.tensor([0.9, 0.8, 0.7, 0.1]), torch.tensor([1, 0, 1, 0])) == pytest.approx(5 / 6)
+    # all equal: one threshold, precision is the share of hits
+    assert probe.average_precision(torch.zeros(4), torch.tensor([1, 0, 0, 0])) == pytest.approx(0.25)
+    # a class that never occurs is left out
+    y = torch.tensor([[1, 0], [0, 0]])
+    assert probe.mean_average_precision(torch.tensor([[0.1, 0.5], [0.9, 0.4]]), y) == pytest.approx(0.5)
+
+
+def test_equal_error_rate_by_hand():
+    assert probe.equal_error_rate(torch.tensor([0.9, 0.8, 0.2, 0.1]), torch.tensor([1, 1, 0, 0])) == 0
+    assert probe.equal_error_rate(torch.tensor([0.1, 0.2, 0.8, 0.9]), torch.tensor([1, 1, 0, 0])) == 1
+    # one of three true below one of three false
+    assert probe.equal_error_rate(torch.tensor([6.0, 5, 2, 4, 1, 0]), torch.tensor([1, 1, 1, 0, 0, 0])) == pytest.approx(1 / 3)
+
+
+def test_segment_f1_by_hand():
+    # two clips, of 150 and 50 tokens; 1 s segments of 50: four in all; two classes
+    clip = torch.tensor([0] * 150 + [3] * 50)
+    y, scores = torch.zeros(200, 2, dtype=torch.bool), torch.full((200, 2), -1.0)
+    y[10, 0] = y[60, 0] = y[160, 1] = True  # class 0 in segments 0 and 1, class 1 in 3
+    scores[45, 0] = scores[120, 0] = scores[199, 1] = 1.0  # class 0 found in 0 and 2, class 1 in 3
+    assert probe.segment_f1(scores, y, clip, 1.0, "macro") == pytest.approx((0.5 + 1) / 2)
+    assert probe.segment_f1(scores, y, clip, 1.0, "micro") == pytest.approx(2 * 2 / 6)
+    assert probe.segment_f1(scores, y, clip, 0.1, "micro") == 0  # 0.1 s: none in the same five tokens
+    # a shorter last segment counts
+    assert probe.segment_f1(scores[:160], y[:160] | (torch.arange(160) == 155)[:, None], clip[:160], 1.0, "micro") < 0.5
+
+
+def test_recall_at_1_by_hand():
+    audio = torch.eye(3)
+    text = torch.tensor([[1, 0, 0], [0, 9, 0], [0, 9, 1], [0.9, 0, 1.0]])
+    # clip -> text: 0 finds 0 (right), 1 finds 1 (right), 2 finds 3 (right); text -> clip: 0, 1, 1, 2
+    assert probe.recall_at_1(audio, text, torch.tensor([0, 1, 1, 2])) == 1
+    assert probe.recall_at_1(audio, text, torch.tensor([0, 1, 2, 2])) == pytest.approx((1 + 3 / 4) / 2)
+    assert probe.recall_at_1(audio, text, torch.tensor([1, 2, 2, 0])) == 0
+
+
+def test_word_error_rate_by_hand():
+    assert probe.word_error_rate(["The cat sat"], ["the CAT sat"]) == 0
+    assert probe.word_error_rate(["the cat sat down", ""], ["the dog sat", "two words"]) == pytest.approx(4 / 5)
+    assert probe.word_error_rate(["a b c"], ["b c d"]) == pytest.approx(2 / 3)  # one inserted, one missing: not three wrong
+
+
+def test_metrics_against_scikit_learn():
+    metrics = pytest.importorskip("sklearn.metrics")
+    g = torch.Generator().manual_seed(0)
+    for decimals in (1, 6):  # with and without ties
+        scores = torch.rand(400, 7, generator=g).double().round(decimals=decimals)
+        y = torch.rand(400, 7, generator=g) < 0.2
+        assert probe.mean_average_precision(scores, y) == pytest.approx(
+            metrics.average_precision_score(y.numpy(), scores.numpy(), average="macro"), abs=1e-9)
+        fpr, tpr, _ = metrics.roc_curve(y[:, 0].numpy(), scores[:, 0].numpy(), drop_intermediate=False)
+        at = np.argmin(abs(1 - tpr - fpr))
+        assert probe.equal_error_rate(scores[:, 0], y[:, 0]) == pytest.approx((fpr[at] + 1 - tpr[at]) / 2, abs=1e-9)
+    classes = torch.randint(7, (400,), generator=g)
+    assert probe.accuracy(scores, classes) == pytest.approx(metrics.accuracy_score(classes, scores.argmax(1)))
+    clip = torch.arange(8).repeat_interleave(50)
+    pooled = lambda t: t.unflatten(0, (8, 50)).any(1).numpy()
+    rare, found = (torch.rand(400, 7, generator=g) < 0.01 for _ in range(2))
+    for average in ("micro", "macro"):
+        assert probe.segment_f1(found.float() - 0.5, rare, clip, 1.0, average) == pytest.approx(
+            metrics.f1_score(pooled(rare), pooled(found), average=average, zero_division=0))
+
+
+# ---------------------------------------------------------------- neighbours
+
+def test_knn_equals_scikit_learn():
+    neighbors = pytest.importorskip("sklearn.neighbors")
+    g = torch.Generator().manual_seed(0)
+    train, test = torch.randn(2000, 512, generator=g), torch.randn(2000, 512, generator=g) * 3
+    y = torch.randint(20, (2000,), generator=g)
+
+    def softmax(distances):
+        w = np.exp((1 - distances) / 0.07)
+        return w / w.sum(1, keepdims=True)
+
+    other = neighbors.KNeighborsClassifier(10, metric="cosine", algorithm="brute", weights=softmax).fit(train, y)
+    votes = probe.knn(torch.cat([train, test]), y, torch.arange(2000), torch.arange(2000, 4000), 20, chunk=300)
+    assert np.array_equal(votes.argmax(1).numpy(), other.predict(test))
+    np.testing.assert_allclose(votes.numpy(), other.predict_proba(test), atol=2e-6)
+
+
+def test_knn_by_hand():
+    x, train, test = torch.tensor([[1.0, 0], [5, 0.1], [0, 1], [-1, 0], [2, 0]]), torch.arange(4), torch.tensor([4])
+    y = torch.tensor([0, 0, 1, 2])
+    votes = probe.knn(x, y, train, test, 3, k=3, temperature=1.0)
+    weight = torch.tensor([1.0, 5 / math.hypot(5, 0.1), 0.0]).softmax(0)
+    torch.testing.assert_close(votes, torch.stack([weight[0] + weight[1], weight[2], weight[2] * 0])[None])
+    # several labels: the same votes, given to each
+    hot = torch.tensor([[1, 0], [1, 1], [0, 1], [0, 0]], dtype=torch.bool)
+    votes = probe.knn(x, hot, train, test, 2, k=3, temperature=1.0)
+    torch.testing.assert_close(votes, torch.stack([weight[0] + weight[1], weight[1] + weight[2]])[None])
+    assert probe.knn(x, y, train, train, 3).shape == (4, 3)  # fewer clips than k
+
+
+def test_knn_does_not_depend_on_chunks():
+    x, y, rows = torch.randn(500, 16), torch.randint(5, (500,)), torch.arange(500)
+    whole = probe.knn(x, y, rows, rows, 5, chunk=1000)
+    for chunk in (7, 64, 499):
+        torch.testing.assert_close(probe.knn(x, y, rows, rows, 5, chunk=chunk), whole)
+
+
+# ---------------------------------------------------------------- probes
+
+def reference_probe(x, y, train, seed, classes, hidden, epochs, batch, positive_weight):
+    """The same training by nn.Module, autograd and torch.optim.Adam."""
+    sizes, g, model = [x.shape[1]] + [hidden] * (hidden > 0) + [classes], torch.Generator().manual_seed(seed), []
+    for a, b in zip(sizes, sizes[1:]):
+        layer, w = nn.Linear(a, b), (torch.rand(a + 1, b, generator=g) * 2 - 1) / math.sqrt(a)
+        layer.weight.data, layer.bias.data = w[:-1].T.clone(), w[-1].clone()
+        model += [layer, nn.ReLU()]
+    model = nn.Sequential(nn.LayerNorm(x.shape[1], elementwise_affine=False), *model[:-1])
+    adam = torch.optim.Adam(model.parameters(), lr=1e-3)
+    loss = nn.CrossEntropyLoss() if y.dim() == 1 else nn.BCEWithLogitsLoss(pos_weight=torch.tensor(positive_weight))
+    for epoch in range(epochs):
+        adam.param_groups[0]["lr"] = 1e-4 + 0.5 * (1e-3 - 1e-4) * (1 + math.cos(math.pi * epoch / epochs))
+        for rows in train[torch.randperm(len(train), generator=g)].split(batch):
+            adam.zero_grad()
+            loss(model(x[rows]), y[rows] if y.dim() == 1 else y[rows].float()).backward()
+            adam.step()
+    return model
+
+
+@pytest.mark.parametrize("hidden", [0, 9])
+@pytest.mark.parametrize("several", [False, True])
+def test_probes_equal_autograd(hidden, several):
+    """Three probes at once, gradients and Adam by hand: each as torch.optim and autograd train it alone."""
+    torch.manual_seed(1)
+    x, weight = torch.randn(200, 12) * 5 + 3, 10.0 if several else 1.0
+    y = torch.rand(200, 4) < 0.3 if several else torch.randint(4, (200,))
+    train, valid = torch.arange(101), torch.arange(101, 150)
+    rising = iter(range(1000))
+    probes, epochs = probe.fit_probes(x, y, [(train, valid, s) for s in range(3)], lambda *_: next(rising) / 1000, 4,
+                                      hidden=hidden, epochs=5, batch=16, positive_weight=weight)
+    assert epochs == [5, 5, 5]
+    for seed in range(3):
+        want = reference_probe(x, y, train, seed, 4, hidden, 5, 16, weight)(x)
+        torch.testing.assert_close(probe.predict(probes[seed], x, torch.arange(200)), want, atol=1e-5, rtol=1e-4)
+
+
+def test_probe_learns():
+    torch.manual_seed(0)
+    centres = torch.randn(5, 16) * 2
+    y = torch.arange(600) % 5
+    x = centres[y] + torch.randn(600, 16)
+    measure = lambda scores, rows: probe.accuracy(scores, y[rows])
+    for hidden in (0, 32):
+        runs = [(torch.arange(400), torch.arange(400, 500), s) for s in range(2)]
+        probes, _ = probe.fit_probes(x, y, runs, measure, 5, hidden=hidden)
+        assert all(measure(probe.predict(p, x, torch.arange(500, 600)), torch.arange(500, 600)) > 0.95 for p in probes)
+
+
+def noisy_task():
+    """Features and labels so noisy that the best epoch on valid is not the best on test."""
+    torch.manual_seed(3)
+    y = torch.randint(3, (300,))
+    x = torch.randn(300, 20) + 0.4 * torch.randn(3, 20)[y]
+    splits = ["train"] * 100 + ["valid"] * 100 + ["test"] * 100
+    return make_task(splits, [f"class {int(v)}" for v in y]), x, torch.arange(300)
+
+
+def make_task(splits, labels, **spec):
+    return Task("made", Spec("music", "label", **spec), [probe.Clip(None, i, s, v) for i, (s, v) in enumerate(zip(splits, labels))])
+
+
+def test_choice_is_blind_to_test(tmp_path):
+    """Other test labels change the score but not which epochs are chosen; other valid labels do change these."""
+    task, x, clip = noisy_task()
+    s = settings(tmp_path, seeds=4, epochs=40)
+    was = probe.score(task, x, clip, s)
+    turned = {f"class {i}": f"class {(i + 1) % 3}" for i in range(3)}
+
+    def with_labels(split):
+        clips = [c._replace(label=turned[c.label]) if c.split == split else c for c in task.clips]
+        return probe.score(Task(task.name, task.spec, clips), x, clip, s)
+
+    test, valid = with_labels("test"), with_labels("valid")
+    assert test["epochs"] == was["epochs"] and test["mlp"] < was["mlp"] and test["knn"] < was["knn"]
+    assert valid["epochs"] != was["epochs"]
+
+
+def test_best_epoch_is_valids_best(tmp_path):
+    """By hand: the epoch with the highest valid score is the one whose test score is reported."""
+    task, x, clip = noisy_task()
+    y = probe.targets(task, clip)
+    train, valid, test = (torch.arange(i, i + 100) for i in (0, 100, 200))
+    seen = []
+
+    def measure(scores, rows):
+        assert torch.equal(rows, valid)  # test is never asked for
+        seen.append(probe.accuracy(scores, y[rows]))
+        return seen[-1]
+
+    (chosen,), (epoch,) = probe.fit_probes(x, y, [(train, valid, 0)], measure, 3, epochs=40)
+    assert seen[epoch - 1] == max(seen) and max(seen) not in seen[epoch:]
+    assert probe.accuracy(probe.predict(chosen, x, valid), y[valid]) == max(seen)
+    result = probe.score(task, x, clip, settings(tmp_path, seeds=1, epochs=40))
+    assert result["mlp"] == pytest.approx(probe.accuracy(probe.predict(chosen, x, test), y[test]))
+
+
+def test_folds_rotate():
+    task = make_task([1, 2, 3, 4] * 2, "abcdabcd")
+    plans = probe.rotations(task, torch.arange(8))
+    assert [[p.tolist() for p in plan] for plan in plans[:1]] == [[[1, 2, 3, 5, 6, 7], [2, 3, 6, 7], [1, 5], [0, 4]]]
+    assert torch.cat([plan[3] for plan in plans]).sort().values.tolist() == list(range(8))
+    assert [plan[2].tolist() for plan in plans] == [[1, 5], [2, 6], [3, 7], [0, 4]]
+    for near, train, valid, test in plans:
+        assert not set(test.tolist()) & {*near.tolist(), *train.tolist(), *valid.tolist()}
+        assert not set(valid.tolist()) & set(train.tolist())
+
+
+def test_retrieval_learns():
+    torch.manual_seed(0)
+    kinds = [("dog", "barks"), ("rain", "falls"), ("bell", "rings"), ("engine", "runs")]
+    places = ["park", "street", "forest", "house"]
+    meaning = [(k, p) for k in range(4) for p in range(4)]
+    codes = torch.randn(8, 16)
+    x = torch.stack([codes[k] + codes[4 + p] for k, p in meaning * 12]) + 0.1 * torch.randn(192, 16)
+    texts = [[f"A {kinds[k][0]} {kinds[k][1]} in the {places[p]}.", f"In the {places[p]}, a {kinds[k][0]}"] for k, p in meaning * 12]
+    parts = torch.arange(160), torch.arange(160, 176), torch.arange(176, 192)
+    assert probe.score_retrieval(x, texts, parts, epochs=6, batch=16, seed=0) > 0.7
+    shuffled = texts[1:] + texts[:1]
+    assert probe.score_retrieval(x, texts[:176] + shuffled[176:], parts, epochs=2, batch=16, seed=0) < 0.3
+
+
+def test_transcription(tmp_path, folder):
+    """An adapter learns to have a frozen decoder say which of four words it hears."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["one", "two", "three", "four", "user", "assistant"]
+    words += probe.data.TEMPLATES["transcribe"][0].rstrip(".").split()
+    tokens = ["<unk>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(tokens + words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.add_special_tokens(tokens[1:])
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(vocab_size=16, hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+                                      num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True)
+    decoder = transformers.Qwen2ForCausalLM(config)
+    chat, adam = uniwhisper.ChatTokenizer(tokenizer), torch.optim.Adam(decoder.parameters(), lr=1e-2)
+    for step in range(60):  # it learns to repeat the word that stands where the audio will
+        ids = torch.tensor([chat.head + [3 + w] * 2 + chat.prompt(probe.data.TEMPLATES["transcribe"][0]) + [3 + w, chat.end]
+                            for w in range(4)])
+        labels = ids.clone()
+        labels[:, :-2] = -100
+        adam.zero_grad()
+        decoder(ids, labels=labels).loss.backward()
+        adam.step()
+    decoder.save_pretrained(tmp_path / "qwen")
+    tokenizer.save(str(tmp_path / "qwen" / "tokenizer.json"))
+    texts = [words[i % 4] for i in range(64)]
+    clip = torch.arange(64).repeat_interleave(8)
+    x = (torch.randn(4, 24)[clip % 4] + 0.05 * torch.randn(512, 24)).half()
+    parts = torch.arange(40), torch.arange(40, 52), torch.arange(52, 64)
+    got = probe.score_transcription(x, clip, texts, parts, folder, tmp_path / "qwen", epochs=8, batch=4)
+    assert got > 0.5
+
+
+# ---------------------------------------------------------------- features
+
+def test_features_do_not_depend_on_the_batch(tmp_path, folder):
+    encoder = uniwhisper.WhisperEncoder.from_pretrained(folder).eval()
+    rows = [({"label": "ab"[i % 2], "split": "train"}, tone(500 + 100 * i, 0.2 + 0.37 * i, seed=i)) for i in range(8)]
+    (task,) = probe.manifest_tasks(Rows(write_manifest(tmp_path, "mixed", rows)))
+    for more in ({}, {"context": "30s"}, {"layer": 1}, {"pool": "mean+std"}):
+        x, clip, _ = probe.extract(encoder, task, settings(tmp_path, **more), quiet)
+        alone, _, _ = probe.extract(encoder, task, settings(tmp_path, batch_seconds=0.01, **more), quiet)
+        torch.testing.assert_close(x, alone, atol=1e-5, rtol=1e-5)
+        assert clip.tolist() == list(range(8)) and x.shape == (8, 48 if "pool" in more else 24)
+    for i, (_, audio) in enumerate(rows):  # the mean over real tokens alone
+        tokens = encoder.encode(torch.from_numpy(audio)[None], torch.tensor([len(audio)]))[0][0]
+        mean = probe.extract(encoder, task, settings(tmp_path), quiet)[0][i] if i == 3 else tokens.mean(0)
+        torch.testing.assert_close(mean, tokens.mean(0), atol=1e-4, rtol=1e-3)
+
+
+def test_context_crop_and_windows(tmp_path, folder):
+    encoder = uniwhisper.WhisperEncoder.from_pretrained(folder).eval()
+    path = write_manifest(tmp_path, "long", [({"label": "a", "split": "train"}, tone(440, 31.0)),
+                                             ({"label": "b", "split": "train"}, tone(880, 1.0))])
+    (task,) = probe.manifest_tasks(Rows(path))
+    x, clip, _ = probe.extract(encoder, task, settings(tmp_path), quiet)
+    assert x.shape == (2, 24)
+    padded, _, _ = probe.extract(encoder, task, settings(tmp_path, context="30s"), quiet)
+    assert (padded - x).abs().max() > 1e-3
+    audio = Rows(path).audio(1)
+    full, _ = encoder.encode(torch.nn.functional.pad(audio, (0, 29 * 16000))[None], torch.tensor([480000]))
+    torch.testing.assert_close(padded[1], full[0, :50].mean(0), atol=1e-4, rtol=1e-3)
+    cropped = Task("long", Spec("music", "label", crop=10), task.clips)
+    x, clip, _ = probe.extract(encoder, cropped, settings(tmp_path), quiet)
+    assert clip.tolist() == [0, 0, 0, 1]  # three pieces of 10 s, the last second dropped; a short clip is one piece
+    frames = Task("long", Spec("music", "label", metric="segment F1 macro"), task.clips)
+    x, clip, _ = probe.extract(encoder, frames, settings(tmp_path), quiet)
+    assert torch.bincount(clip).tolist() == [1550, 50] and x.dtype == torch.float16
+
+
+def test_cache_knows_weights_clips_and_settings(tmp_path, folder):
+    path = write_manifest(tmp_path, "notes", note_rows(12))
+    encoder = uniwhisper.WhisperEncoder.from_pretrained(folder).eval()
+    s = settings(tmp_path)
+
+    def features(s=s):
+        (task,) = probe.manifest_tasks(Rows(path))
+        return probe.cached_features(encoder, probe.fingerprint(encoder), task, s, quiet)[0]
+
+    files = lambda: len(list((tmp_path / "cache").iterdir()))
+    first = features()
+    calls, encode = [], encoder.encode
+    encoder.encode = lambda *a: calls.append(a) or encode(*a)
+    assert torch.equal(features(), first) and not calls and files() == 1  # taken from disk
+    weights = encoder.layers[1].fc2.bias.data
+    was = weights[3].clone()
+    weights[3] += 0.5  # one number among all
+    changed = features()
+    assert calls and files() == 2 and not torch.allclose(changed, first)
+    weights[3] = was
+    assert torch.equal(features(), first) and files() == 2
+    for n, more in enumerate(({"context": "30s"}, {"layer": 1}, {"pool": "mean+std"}, {"precision": "bf16"}), 3):
+        features(settings(tmp_path, **more))
+        assert files() == n
+    clip = tmp_path / "notes-0.wav"
+    sf.write(clip, tone(5000, seed=9), 16000)  # same name, same size: only its time tells
+    os.utime(clip, ns=(1, 1))
+    again = features()
+    assert not torch.allclose(again[0], first[0]) and torch.allclose(again[1:], first[1:], atol=1e-5)
+    path.write_text("".join(path.read_text().splitlines(True)[1:]))  # a clip less
+    assert len(features()) == 11
+
+
+# ---------------------------------------------------------------- the command line
+
+def test_command_line(tmp_path, folder, capsys):
+    path = write_manifest(tmp_path, "notes", note_rows())
+    other = make_encoder(tmp_path / "other", 1)
+    out = tmp_path / "scores.json"
+    assert main("--encoder", folder, other, "--data", path, "--json", out, "--cache", tmp_path / "cache", "--seeds", 2,
+                "--epochs", 60, "--device", "cpu") == 0
+    text = capsys.readouterr().out
+    assert "notes" in text and "= all" in text and "paper" not in text and "X-ARES" not in text
+    saved = json.loads(out.read_text())
+    one, two = (saved["encoders"][str(e)] for e in (folder, other))
+    r = one["tasks"]["notes"]
+    assert r["domain"] == "music" and r["test"] == 6 and r["metric"] == "accuracy"
+    assert r["knn"] == 1 and r["mlp"] > 0.6 and r["mlp_std"] >= 0
+    assert one["averages"]["all"]["knn"] == one["averages"]["music"]["knn_plain"] == 1
+    assert saved["settings"]["seeds"] == 2 and saved["settings"]["hidden"] == 256
+    assert f"{two['tasks']['notes']['mlp'] - r['mlp']:+.3f}" in text  # the difference to the first
+
+
+def test_plot(tmp_path, folder, monkeypatch):
+    scores = {"domain": "music", "metric": "accuracy", "test": 9, "weight": 9, "knn": 0.5, "mlp": 0.6, "mlp_std": 0.1}
+    monkeypatch.setattr(probe, "find_spec", lambda name: None)
+    assert main("--encoder", folder, "--data", "x", "--plot", tmp_path / "f.png") == "error: --plot needs matplotlib: pip install matplotlib"
+    pytest.importorskip("matplotlib")
+    probe.plot({"a/one": {"drum": scores, "caption": scores | {"knn": None}}, "a/two": {"drum": scores, "caption": scores}}, tmp_path / "f.png")
+    assert (tmp_path / "f.png").stat().st_size > 5000
+
+
+def test_averages_and_references():
+    r = lambda knn, mlp, weight, domain: {"domain": domain, "metric": "accuracy", "test": weight, "weight": weight, "knn": knn,
+                                          "mlp": mlp, "mlp_std": 0.0}
+    scores = {"a": r(1.0, 0.5, 100, "speech"), "b": r(0.0, 1.0, 300, "music"), "c": r(None, 0.0, 100, "music")}
+    means = probe.averages(scores)
+    assert means["all"] == pytest.approx({"knn": 0.25, "knn_plain": 0.5, "mlp": 0.7, "mlp_plain": 0.5})
+    assert means["music"] == pytest.approx({"knn": 0, "knn_plain": 0, "mlp": 0.75, "mlp_plain": 0.5})
+    assert "paper" not in probe.table({"x/e": scores})
+    full = {n: r(0.5, 0.5, spec.weight, spec.domain) for n, spec in probe.XARES.items()}
+    assert "(X-ARES)" in probe.table({"e": full}) and "paper" not in probe.table({"e": full})
+    paper = {n: full[n] for n in probe.PAPER_TASKS}
+    assert len(paper) == 20 and "UniWhisper (paper): kNN 0.61, MLP 0.81" in probe.table({"e": paper})
+    assert "(paper)" not in probe.table({"e": paper | {"drum": r(0.5, 0.5, 9, "music")}})
+
+
+def test_scores_during_training(tmp_path, folder):
+    rows = Rows([write_manifest(tmp_path, "notes", note_rows(96)),
+                 write_manifest(tmp_path, "words", [({"answer": "hello", "split": "train"}, tone(300))])])
+    encoder = uniwhisper.WhisperEncoder.from_pretrained(folder).train()
+    scores = probe.knn_scores(encoder, rows, train_clips=40, test_clips=6, device="cpu")
+    assert scores == {"notes": 1.0} and encoder.training
+    assert probe.knn_scores(encoder, rows, split="test", device="cpu")["notes"] > 0.9
+
+
+def test_tagging_and_other_metrics(tmp_path, folder):
+    tags = [["low"], ["high"], ["low", "high"], []]
+    rows = []
+    for i in range(32):
+        audio = sum([tone(NOTES[t], seed=i) for t in tags[i % 4]], tone(40, seed=i) * 0.1)
+        rows.append(({"label": tags[i % 4], "split": ("train", "train", "valid", "test")[i // 8]}, audio))
+    two = [({"label": ("real", "fake")[i % 2], "metric": "1 - EER", "split": ("train", "valid", "test")[i // 8]},
+            tone((300, 3000)[i % 2], seed=i)) for i in range(24)]
+    paths = [write_manifest(tmp_path, "tags", rows), write_manifest(tmp_path, "spoof", two)]
+    results = probe.run(settings(tmp_path, encoder=[str(folder)], data=paths, epochs=80), quiet)[str(folder)]
+    assert results["tags"]["metric"] == "mAP" and results["tags"]["knn"] > 0.8 and results["tags"]["mlp"] > 0.7
+    assert results["spoof"]["metric"] == "1 - EER" and results["spoof"]["knn"] == 1
+
+
+# ---------------------------------------------------------------- X-ARES's tars, unconverted
+
+def write_tar(path, clips):
+    """As X-ARES writes its WebDataset shards: KEY.wav and KEY.json side by side."""
+    with tarfile.open(path, "w") as tar:
+        for key, audio, label in clips:
+            wav = io.BytesIO()
+            sf.write(wav, audio, 16000, format="WAV")
+            for suffix, content in (("json", json.dumps(label).encode()), ("wav", wav.getvalue())):
+                info = tarfile.TarInfo(f"{key}.{suffix}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+
+def test_xares_folds(tmp_path, folder):
+    """ESC-50's form: five folds, each a tar of its own."""
+    (tmp_path / "env" / "esc50").mkdir(parents=True)
+    for fold in range(1, 6):
+        clips = [(f"{fold}-{i}", tone(list(NOTES.values())[i % 3], seed=10 * fold + i), {"label": i % 3, "target": "x"}) for i in range(6)]
+        write_tar(tmp_path / "env" / "esc50" / f"wds-audio-fold-{fold}-000000.tar", clips)
+    out = tmp_path / "o.json"
+    assert main("--encoder", folder, "--xares", tmp_path / "env", "--cache", tmp_path / "cache", "--json", out, "--hidden", 0,
+                "--epochs", 400, "--device", "cpu") == 0
+    r = json.loads(out.read_text())["encoders"][str(folder)]["tasks"]["esc50"]
+    assert r["knn"] == 1 and r["mlp"] > 0.8 and (r["test"], r["weight"], len(r["epochs"])) == (6, 400, 15)
+
+
+def test_xares_frames(tmp_path, folder):
+    """DESED's form: a list of events in each json, several classes at once, no valid tar."""
+    (tmp_path / "env" / "desed").mkdir(parents=True)
+    for split, count in (("train", 20), ("eval", 6)):
+        clips = []
+        for i in range(count):
+            audio, events = tone(40, 2.0, seed=i) * 0.1, []
+            for name, hertz in (("Dog", 500), ("Alarm_bell_ringing", 3000)):
+                start = 0.5 * ((i + len(name)) % 3)
+                audio[round(start * 16000) : round((start + 0.5) * 16000)] += tone(hertz, 0.5, seed=i)
+                events.append({"onset": start, "offset": start + 0.5, "label": name})
+            clips.append((f"{split}{i}", audio, events if i else [{"onset": 0.0, "offset": 2.0, "label": "Dog,Alarm_bell_ringing"}]))
+        write_tar(tmp_path / "env" / "desed" / f"wds-audio-{split}-000000.tar", clips)
+    said = []
+    s = settings(tmp_path, encoder=[str(folder)], xares=str(tmp_path / "env"), hidden=32, epochs=200)
+    r = probe.run(s, said.append)[str(folder)]["desed"]
+    assert r["metric"] == "segment F1 macro" and r["knn"] is None and r["test"] == 6 and r["mlp"] > 0.6
+    assert any("desed has no valid split: its epoch is chosen on 2 clips held out of train" in line for line in said)
+
+
+def test_frame_targets():
+    task = make_task(["train"] * 2, [[(0.0, 0.05, "a"), (0.03, 9.0, "b")], [(0.02, 0.04, "a")]], metric="segment F1 macro")
+    hot = probe.targets(task, torch.tensor([0] * 5 + [1] * 3))
+    assert hot[:, 0].tolist() == [1, 1, 1, 0, 0, 0, 1, 0] and hot[:, 1].tolist() == [0, 0, 1, 1, 1, 0, 0, 0]
+
+
+def test_xares_table():
+    """Every task names its tars and settings; what a json holds is read as X-ARES's label processors read it."""
+    assert len(probe.XARES) == 22 and sum(s.knn for s in probe.XARES.values()) == 16
+    for name, spec in probe.XARES.items():
+        assert spec.metric in probe.METRICS and spec.domain in ("speech", "music", "environment") and spec.weight > 0
+        assert bool(spec.folds) == ("{" in spec.tars) and len(spec.splits.split()) == 3, name
+    read = lambda name, row: probe.XARES[name].label(row)
+    assert read("fsd50k", {"soundevent": "Bark;Dog"}) == ["Bark", "Dog"]
+    assert read("clotho", {"caption_1": "a", "caption_2": "b", "audio": "x.wav"}) == ["a", "b"]
+    assert read("desed", {"events": [{"onset": 0, "offset": 1, "label": "Cat,Dog"}]}) == [(0, 1, "Cat"), (0, 1, "Dog")]
+    assert read("maestro", {"events": [{"start": 0, "end": 1, "note": 60}]}) == [(0, 1, "60")]
+
+
+# ---------------------------------------------------------------- bad input: one clear line
+
+def bad(tmp_path, folder, rows, *argv, name="notes"):
+    path = write_manifest(tmp_path, name, rows)
+    message = main("--encoder", folder, "--data", path, "--cache", tmp_path / "cache", "--epochs", 2, "--seeds", 1, *argv)
+    assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message
+    return message
+
+
+def change(row, **more):
+    return {k: v for k, v in (row | more).items() if v is not None}
+
+
+@pytest.mark.parametrize("more, want", [
+    ({"label": "low"}, "notes: has 1 class(es), low; accuracy needs two or more"),
+    ({"split": "train"}, "notes: no clip in split test"),
+    ({"split": "test"}, "notes: no clip in split train"),
+    ({"split": "dev"}, "notes.jsonl:1 (notes-0.wav): split is 'dev'; need train, valid, test or a fold's number"),
+    ({"label": None}, "notes.jsonl:1 (notes-0.wav): lacks a label"),
+    ({"task": ""}, "notes.jsonl:1 (notes-0.wav): lacks task"),
+    ({"metric": "mean"}, "metric mean; the metrics are accuracy, "),
+    ({"metric": "1 - EER"}, "notes: has 3 class(es), high, low, middle; 1 - EER needs two"),
+])
+def test_bad_rows(tmp_path, folder, more, want):
+    assert want in bad(tmp_path, folder, [(change(row, **more), None) for row, _ in note_rows(12)])
+
+
+def test_bad_folds(tmp_path, folder):
+    fold = lambda of: [(change(row, split=of(i)), None) for i, (row, _) in enumerate(note_rows(12))]
+    assert "notes: fold 2 has no clips" in bad(tmp_path, folder, fold(lambda i: (1, 3, 4, 5)[i // 3]))
+    assert "need three folds or more" in bad(tmp_path, folder, fold(lambda i: 1 + i // 6))
+    assert "splits are 1, 2, 3, test; need" in bad(tmp_path, folder, fold(lambda i: (1, 2, 3, "test")[i // 3]))
+
+
+def test_mixed_rows(tmp_path, folder):
+    rows = note_rows(12)
+    rows[5] = ({"label": ["low"], "split": "train"}, None)
+    assert "its task notes begins with music, label, accuracy" in bad(tmp_path, folder, rows)
+
+
+def test_unreadable_clips(tmp_path, folder, capsys):
+    rows = note_rows(120)
+    rows[7] = (rows[7][0], b"no audio")
+    path = write_manifest(tmp_path, "notes", rows)
+    argv = ("--encoder", folder, "--data", path, "--cache", tmp_path / "cache", "--epochs", 2, "--hidden", 0, "--json", tmp_path / "o.json")
+    for _ in range(2):  # from the cache, too
+        assert main(*argv) == 0
+        assert "notes.jsonl:8 (notes-7.wav)" in capsys.readouterr().err
+        assert json.loads((tmp_path / "o.json").read_text())["encoders"][str(folder)]["tasks"]["notes"]["unreadable"] == 1
+    message = bad(tmp_path, folder, rows[:60])
+    assert "notes: 1 of 60 clips cannot be read, over 1 %: " in message and "notes-7.wav" in message
+
+
+def test_features_that_are_not_finite(tmp_path, folder):
+    encoder = uniwhisper.WhisperEncoder.from_pretrained(folder)
+    with torch.no_grad():
+        encoder.layers[0].fc1.bias[0] = math.nan
+    uniwhisper.save_encoder(encoder, tmp_path / "nan")
+    assert "notes.jsonl:1 (notes-0.wav): its features are not finite" in bad(tmp_path, tmp_path / "nan", note_rows(12))
+
+
+def test_notes(tmp_path, folder):
+    """Not errors, but said: no valid split, a class that train lacks."""
+    rows = [(change(row, split={"valid": "train"}.get(row["split"], row["split"])), audio) for row, audio in note_rows(24)]
+    rows[10] = (change(rows[10][0], label="other", split="test"), rows[10][1])
+    said = []
+    probe.run(settings(tmp_path, encoder=[str(folder)], data=[write_manifest(tmp_path, "notes", rows)]), said.append)
+    assert "note: notes has no valid split: its epoch is chosen on 2 clips held out of train" in said
+    assert "note: notes: no clip of class other is in train; the others count as wrong" in said
+
+
+def test_bad_flags(tmp_path, folder):
+    path = write_manifest(tmp_path, "notes", note_rows(12))
+    assert main("--encoder", folder) == "error: no task to score; give --data or --xares"
+    assert "no such manifest" in main("--encoder", folder, "--data", tmp_path / "none.jsonl")
+    assert "config.json is missing" in main("--encoder", tmp_path, "--data", path, "--cache", tmp_path)
+    assert main("--encoder", folder, "--data", path, "--tasks", "drum") == "error: --tasks drum: not there; found: notes"
+    assert "its folder does not exist" in main("--encoder", folder, "--data", path, "--json", tmp_path / "no" / "o.json")
+    assert "must be positive" in main("--encoder", folder, "--data", path, "--seeds", 0)
+    assert main("--encoder", folder, "--data", path, "--no-such-flag", "1") == 2
+    (tmp_path / "env" / "esc50").mkdir(parents=True)
+    assert "wds-audio-fold-1-*.tar: no such manifest or tar" in main("--encoder", folder, "--xares", tmp_path / "env")
+
+
+def test_help(capsys):
+    assert main("--help") == 0 and "--encoder" in capsys.readouterr().out

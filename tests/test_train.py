@@ -1,0 +1,593 @@
+"""train.py: accumulation, ranks, exact resume, frozen parts, guards, reports, errors; all tiny, on the CPU.
+
+A run here is the real command line in a process of its own, forked from a server that has imported torch already.
+"""
+import itertools
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch._dynamo  # a run's optimizer would import it: 1.5 s
+from conftest import make_tokenizer, tone, write_clip, write_manifest
+from safetensors.torch import load_file
+
+import train
+from data import Batches, Rows, held_out
+from uniwhisper import UniWhisper, load_run
+
+HERE = Path(__file__).resolve().parent
+STEPS, FROZEN = 12, 3
+FORKS = multiprocessing.get_context("forkserver")
+
+
+# ---------------------------------------------------------------- data and runs
+
+def make_rows(folder, task, answers, sounds, clips, **more):
+    rows = []
+    for split, count in clips.items():
+        for i in range(count):
+            draw = np.random.default_rng([len(task), len(split), i])
+            path = f"clips/{task}-{split}-{i}.wav"
+            write_clip(folder / path, sounds[i % 2](draw, draw.uniform(0.3, 1.0)), 16_000 if i % 3 else 8_000)
+            rows.append(dict(audio=path, answer=answers[i % 2], label=answers[i % 2], task=task, split=split, **more))
+    return rows
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, whisper, qwen):
+    """Weights and a manifest of three tasks with two answers each; one task takes its instructions from the templates."""
+    folder = tmp_path_factory.mktemp("world")
+    sine = lambda hertz: lambda draw, seconds: tone(seconds, hertz * draw.uniform(0.9, 1.1))
+    hiss = lambda level: lambda draw, seconds: draw.normal(0, level, int(16_000 * seconds)).astype(np.float32)
+    clips = {"train": 16, "valid": 4, "test": 4}
+    rows = (make_rows(folder, "height", ["low", "high"], [sine(300), sine(2500)], clips, instruction="How high?")
+            + make_rows(folder, "sound_event", ["a tone", "noise"], [sine(700), hiss(0.1)], clips)
+            + make_rows(folder, "level", ["soft", "loud"], [hiss(0.02), hiss(0.3)], clips, instruction="How loud?"))
+    return SimpleNamespace(folder=folder, rows=rows, data=write_manifest(folder / "all.jsonl", rows),
+                           encoder=str(whisper[0]), decoder=str(qwen[0]))
+
+
+def options(world, out, **changes) -> list[str]:
+    """The command line of the tests' usual run, with changes (None leaves a flag out)."""
+    settings = dict(data=world.data, encoder=world.encoder, decoder=world.decoder, out=out, precision="fp32", device="cpu",
+                    steps=STEPS, freeze_encoder=FROZEN, warmup=2, batch_seconds=5, workers=0, log_every=2, save_every=3,
+                    eval_every=6, keep=10, samples=4) | changes
+    flags = []
+    for name, value in settings.items():
+        if value is not None and value is not False:
+            values = [] if value is True else value if isinstance(value, (list, tuple)) else [value]
+            flags += ["--" + name.replace("_", "-"), *map(str, values)]
+    return flags
+
+
+def run_here(argv, log, patch, environment):
+    """In the new process: the command line, its output in files."""
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    sys.argv = ["train.py", *argv]
+    patch()
+    train.main()
+
+
+class Run:
+    """One `python train.py ...`; `patch` is called before it in its process."""
+
+    def __init__(self, argv, patch=dict, **environment):
+        self.log = f"{argv[argv.index('--out') + 1]}-{environment.get('RANK', 0)}"
+        self.process = FORKS.Process(target=run_here, args=(argv, self.log, patch, environment))
+        self.process.start()
+
+    def wait(self) -> "Run":
+        self.process.join(120)
+        if self.process.is_alive():
+            self.process.kill()
+        self.process.join()
+        self.code = self.process.exitcode
+        self.out, self.err = (Path(f"{self.log}.{name}").read_text() for name in ("out", "err"))
+        return self
+
+    def fail(self) -> str:
+        """Its error: one line, and nothing else."""
+        self.wait()
+        assert self.code == 1 and "Traceback" not in self.err
+        return one_line(self.err.splitlines()[-1])
+
+
+def succeed(*runs: Run) -> Run:
+    """Wait for runs that are to end well; returns the first."""
+    for run in runs:
+        run.wait()
+    assert not any(run.code for run in runs), "\n".join(run.err for run in runs)
+    return runs[0]
+
+
+def start_pair(argv, patch=dict) -> list[Run]:
+    """Two ranks, as torchrun starts them; the patch is rank 0's."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    return [Run(argv, patch if rank == 0 else dict, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+                MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in range(2)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fork_server():
+    """Imports this file once; PYTHONPATH lets it, and one thread makes its processes equal."""
+    before = dict(os.environ)
+    os.environ.update(PYTHONPATH=os.pathsep.join([str(HERE), str(HERE.parent)]), OMP_NUM_THREADS="1")
+    FORKS.set_forkserver_preload([__name__])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def one_line(text: str) -> str:
+    assert text.startswith("error: ") and "\n" not in text
+    return text
+
+
+def error(capsys, *argv) -> str:
+    """The one line with which the command line ends, here in this process."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(sys, "argv", ["train.py", *argv])
+        train.main()
+    return one_line(end.value.code)
+
+
+def metrics(out) -> list[dict]:
+    """metrics.jsonl without what the clock and the machine decide."""
+    lines = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("audio_seconds_per_second", "memory_gib")} for line in lines]
+
+
+def step_folder(out, step) -> Path:
+    return Path(out, "checkpoints", f"step-{step:08d}")
+
+
+def weights(out, step) -> dict[str, torch.Tensor]:
+    folder = step_folder(out, step)
+    return load_file(folder / "encoder/model.safetensors") | load_file(folder / "adapter/model.safetensors")
+
+
+def same_bits(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def assert_same_run(a, b, step=STEPS):
+    assert same_bits(weights(a, step), weights(b, step))
+    one, two = (torch.load(step_folder(out, step) / "trainer.pt")["optimizer"]["state"] for out in (a, b))
+    assert one.keys() == two.keys() and all(same_bits(one[k], two[k]) for k in one)
+    assert metrics(a) == metrics(b)
+
+
+def assert_close_runs(a, b, step):
+    """Up to float32's rounding, which Adam lets show where a gradient is nearly 0."""
+    start, one, two = weights(a, 1), weights(a, step), weights(b, step)
+    for k in one:
+        moved = (one[k] - start[k]).abs().mean()
+        assert (one[k] - two[k]).abs().mean() <= 1e-3 * moved, k
+    for x, y in zip(metrics(a), metrics(b), strict=True):
+        assert x.keys() == y.keys() and x["step"] == y["step"]
+        if "loss" in x:
+            assert x["loss"] == pytest.approx(y["loss"], rel=1e-5) and x["norm"] == pytest.approx(y["norm"], rel=1e-4)
+            assert x["tasks"] == pytest.approx(y["tasks"], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(world, tmp_path_factory):
+    """The usual run, from beginning to end."""
+    out = tmp_path_factory.mktemp("runs") / "undisturbed"
+    return SimpleNamespace(out=out, said=succeed(Run(options(world, out))).out)
+
+
+# ---------------------------------------------------------------- one update
+
+RANKS = train.Ranks(0, 1, torch.device("cpu"))
+
+
+def gradient(world, loss, sizes, checkpoint_layers=False):
+    """Minus the gradient of one update on the same 12 clips, of all tasks, in batches of these sizes: what plain SGD subtracts."""
+    flags = options(world, "unused", loss=loss, clip=1e9, freeze_encoder=0, checkpoint_layers=checkpoint_layers)
+    s = train.parse(flags)
+    rows = Rows(world.data, answers=True)
+    model = train.build_model(s, RANKS, None)
+    batches, first = Batches(rows, model.tokenizer), itertools.accumulate(sizes, initial=0)
+    picked = [list(range(5 * start, 5 * (start + size), 5)) for start, size in zip(first, sizes)]
+    optimizer = torch.optim.SGD([*model.encoder.parameters(), *model.adapter.parameters()], lr=1.0)
+    before = {k: p.detach().clone() for k, p in model.named_parameters()}
+    run = train.wrap(s, model, RANKS, 0)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    norm, parts = train.update(s, run, model, optimizer, scaler, [batches[0, p] for p in picked], RANKS)
+    losses = torch.cat([losses for losses, _ in parts])
+    return {k: p.detach() - before[k] for k, p in model.named_parameters() if p.requires_grad}, losses, norm
+
+
+@pytest.mark.parametrize("loss", ["token", "example"])
+def test_accumulation_equals_one_large_batch(world, loss):
+    whole, losses, norm = gradient(world, loss, [12])
+    parts, losses_of_parts, norm_of_parts = gradient(world, loss, [2, 7, 3])
+    assert torch.allclose(losses, losses_of_parts, rtol=1e-5) and norm == pytest.approx(norm_of_parts, rel=1e-5)
+    for k in whole:
+        assert (whole[k] - parts[k]).abs().max() <= 1e-5 * whole[k].abs().max() + 1e-7, k
+
+
+def test_the_two_losses_differ_where_answers_have_different_lengths(world):
+    token, example = (gradient(world, loss, [12])[0]["adapter.fc2.weight"] for loss in ("token", "example"))
+    assert (token - example).abs().max() > 1e-3 * token.abs().max()
+
+
+def test_checkpointed_layers_give_the_same_gradient(world):
+    plain, losses, _ = gradient(world, "token", [12])
+    again, losses_again, _ = gradient(world, "token", [12], checkpoint_layers=True)
+    assert torch.equal(losses, losses_again) and same_bits(plain, again)
+
+
+def test_the_decoder_never_trains(world):
+    s = train.parse(options(world, "unused", freeze_encoder=0))
+    model = train.build_model(s, RANKS, None)
+    optimizer = train.build_optimizer(s, model)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    trained = {id(p) for part in (model.encoder, model.adapter) for p in part.parameters() if p.requires_grad}
+    assert held == trained and id(model.encoder.embed_positions.weight) not in held
+    assert not held & {id(p) for p in model.decoder.parameters()}
+    assert model.training and not any(m.training for m in model.decoder.modules())
+    loss, _ = train.wrap(s, model, RANKS, 0)(Batches(Rows(world.data), model.tokenizer)[0, [0, 1]])
+    loss.backward()
+    assert all(p.grad is None for p in model.decoder.parameters())
+    assert {id(p) for p in model.parameters() if p.grad is not None} == trained
+
+
+def test_matrices_decay_and_vectors_do_not(world):
+    optimizer = train.build_optimizer(s := train.parse(options(world, "unused")), train.build_model(s, RANKS, None))
+    for group in optimizer.param_groups:
+        assert {p.ndim > 1 for p in group["params"]} == {group["weight_decay"] == s.weight_decay}
+    assert [g["peak"] for g in optimizer.param_groups] == [s.lr_encoder] * 2 + [s.lr_adapter] * 2
+
+
+def test_schedule():
+    s = train.Settings(steps=100, warmup=10, freeze_encoder=20, lr_encoder=1.0, lr_adapter=2.0)
+    optimizer = SimpleNamespace(param_groups=[dict(peak=1.0), dict(peak=1.0), dict(peak=2.0), dict(peak=2.0)])
+
+    def rates(step):
+        train.set_rates(s, optimizer, step)
+        assert len({g["lr"] / g["peak"] for g in optimizer.param_groups[:2]}) == 1
+        return optimizer.param_groups[0]["lr"], optimizer.param_groups[2]["lr"]
+
+    assert rates(0) == pytest.approx((0, 0.2))  # a tenth of the warm-up
+    assert rates(9)[1] == pytest.approx(2 * (0.55 + 0.45 * np.cos(np.pi * 0.09)))  # warm
+    assert rates(19)[0] == 0 and 0 < rates(20)[0] < rates(29)[0]  # the encoder's own warm-up
+    assert rates(50) == pytest.approx((0.55, 1.1)) and rates(100) == pytest.approx((0.1, 0.2))
+
+
+# ---------------------------------------------------------------- a whole run
+
+def test_config_and_metrics(undisturbed, world):
+    config = json.loads((undisturbed.out / "config.json").read_text())
+    assert config["steps"] == STEPS and config["encoder"] == world.encoder and config["data"] == [world.data]
+    lines = [json.loads(line) for line in (undisturbed.out / "metrics.jsonl").read_text().splitlines()]
+    logged = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in logged] == list(range(2, STEPS + 1, 2))
+    for line in logged:
+        assert line.keys() == {"step", "loss", "tasks", "norm", "lr", "audio_seconds_per_second", "memory_gib", "skipped"}
+        assert line["tasks"].keys() <= {"height", "sound_event", "level"} and not line["skipped"]
+        assert all(0 < x < 100 for x in (line["loss"], line["norm"], line["memory_gib"], *line["tasks"].values()))
+        assert line["audio_seconds_per_second"] > 0 and len(line["lr"]) == 2
+        assert min(line["tasks"].values()) <= line["loss"] <= max(line["tasks"].values())
+    for key in ("held_out", "answers"):
+        assert [line["step"] for line in lines if key in line] == [0, 6, 12]
+    assert all(len(line["answers"]) == 4 for line in lines if "answers" in line)
+    assert {a["task"] for a in lines[1]["answers"]} == {"height", "sound_event", "level"}  # in turns
+    assert f"step {STEPS}/{STEPS}" in undisturbed.said and "left 0:00:00" in undisturbed.said
+
+
+def test_the_encoder_loads_in_transformers(undisturbed, world, whisper):
+    from transformers import WhisperModel
+
+    model, report = WhisperModel.from_pretrained(undisturbed.out / "encoder", output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    final = weights(undisturbed.out, STEPS)
+    assert all(torch.equal(final[f"model.encoder.{k}"], v) for k, v in model.encoder.state_dict().items())
+    assert all(torch.equal(whisper[1].decoder.state_dict()[k], v) for k, v in model.decoder.state_dict().items())
+
+
+def test_load_run_reads_the_newest_checkpoint(undisturbed):
+    model = load_run(undisturbed.out)
+    assert torch.equal(model.adapter.fc2.weight, weights(undisturbed.out, STEPS)["fc2.weight"])
+
+
+def test_the_encoder_is_frozen_and_let_go(undisturbed, world):
+    start = {f"model.encoder.{k}": v for k, v in UniWhisper.from_folders(world.encoder, world.decoder).encoder.state_dict().items()}
+    frozen, free, last = (weights(undisturbed.out, step) for step in (FROZEN, 6, STEPS))
+    assert all(torch.equal(frozen[k], v) for k, v in start.items())
+    assert not torch.equal(frozen["fc2.weight"], last["fc2.weight"])
+    for k in start:
+        assert torch.equal(start[k], last[k]) == ("embed_positions" in k), k
+        assert torch.equal(start[k], free[k]) == ("embed_positions" in k), k
+    adapter = len([k for k in frozen if k.startswith(("norm.", "fc1.", "fc2."))])
+    states = [len(torch.load(step_folder(undisturbed.out, step) / "trainer.pt")["optimizer"]["state"]) for step in (FROZEN, 6)]
+    assert states == [adapter, adapter + len(start) - 1]
+
+
+def test_bf16_and_the_other_options_run(world, tmp_path):
+    succeed(Run(options(world, tmp_path / "run", precision="bf16", loss="example", checkpoint_layers=True, steps=2, workers=1,
+                        probe_every=2, probe_data=world.data, task_weights=["height=1", "level=3"])))
+    lines = metrics(tmp_path / "run")
+    assert all(line["tasks"].keys() <= {"height", "level"} for line in lines if "loss" in line)
+    assert [line["knn"].keys() for line in lines if "knn" in line] == [{"height", "sound_event", "level"}]
+
+
+# ---------------------------------------------------------------- ranks
+
+def test_torchrun_equals_one_process(world, tmp_path):
+    same = dict(steps=5, freeze_encoder=2, save_every=1, log_every=1)
+    argv = options(world, tmp_path / "two", **same, workers=1)
+    one = Run(options(world, tmp_path / "one", **same, accumulate=2))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", HERE.parent / "train.py"]
+    two = subprocess.run([*command, *argv], capture_output=True, text=True, timeout=300)
+    assert two.returncode == 0, two.stderr
+    succeed(one)
+    assert_close_runs(tmp_path / "one", tmp_path / "two", 5)
+
+
+def test_ranks_with_the_example_loss_resume_exactly(world, tmp_path):
+    same = dict(steps=4, freeze_encoder=0, save_every=1, log_every=1, loss="example")
+    one = Run(options(world, tmp_path / "one", **same, accumulate=4))
+    succeed(one, *start_pair(options(world, tmp_path / "two", **same, accumulate=2)))
+    assert_close_runs(tmp_path / "one", tmp_path / "two", 4)
+
+    argv = options(world, tmp_path / "killed", **same, accumulate=2)
+    main, other = start_pair(argv, partial(kill_in_save, 3))
+    assert main.wait().code == -signal.SIGKILL
+    other.process.kill()  # as torchrun does
+    succeed(*start_pair([*argv, "--resume"]))
+    assert_same_run(tmp_path / "two", tmp_path / "killed", 4)
+
+
+# ---------------------------------------------------------------- killed and resumed
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_in_update(call):
+    """Between backward and the optimizer's step of the `call`-th update."""
+    real, calls = torch.nn.utils.clip_grad_norm_, itertools.count(1)
+    torch.nn.utils.clip_grad_norm_ = lambda *args: kill() if next(calls) == call else real(*args)
+
+
+def kill_in_save(call):
+    """While the `call`-th checkpoint is being written: half of trainer.pt is there."""
+    real, calls = torch.save, itertools.count(1)
+
+    def save(state, path, **how):
+        real(state, path, **how)
+        if isinstance(path, Path) and next(calls) == call:  # else it is a message between ranks
+            os.truncate(path, os.path.getsize(path) // 2)
+            kill()
+
+    torch.save = save
+
+
+def kill_in_cleanup():
+    """Just after a checkpoint got its name, while the oldest is being removed."""
+    real = shutil.rmtree
+    shutil.rmtree = lambda path, **how: kill() if Path(path).name.startswith(".old-") else real(path, **how)
+
+
+def test_killed_anywhere_and_resumed_a_run_ends_with_the_same_bits(world, tmp_path, undisturbed):
+    out = tmp_path / "run"
+    argv = options(world, out, keep=1)
+    names = lambda: sorted(p.name for p in (out / "checkpoints").glob("*"))
+
+    def killed(patch, *more) -> str:
+        run = Run([*argv, *more], patch).wait()
+        assert run.code == -signal.SIGKILL, run.err
+        return run.out
+
+    killed(partial(kill_in_update, 2))
+    assert names() == []
+    assert "no finished checkpoint yet: starting at step 0" in killed(partial(kill_in_save, 2), "--resume")
+    assert names() == [".writing-00000006", "step-00000003"]  # the encoder's first free step is next
+    assert "from step 3" in killed(kill_in_cleanup, "--resume", "--workers", "2")
+    assert names() == [".old-step-00000003", "step-00000006"]
+    assert "from step 6" in killed(partial(kill_in_update, 2), "--resume")
+    with open(out / "metrics.jsonl", "a") as f:
+        f.write('{"step": 8, "tasks": {"a": 1}')  # a line that the kill cut short
+    assert "from step 6" in succeed(Run([*argv, "--resume"])).out
+    assert names() == ["step-00000012"]
+    assert_same_run(undisturbed.out, out)
+    final = "encoder/model.safetensors"
+    assert (out / final).read_bytes() == (undisturbed.out / final).read_bytes()
+
+    succeed(Run([*argv, "--resume"]))  # a finished run ends again as it did
+    assert_same_run(undisturbed.out, out)
+
+
+def limit_file_size(size):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def test_no_room_for_a_checkpoint(world, tmp_path, undisturbed):
+    sizes = [(step_folder(undisturbed.out, 6) / name).stat().st_size for name in ("encoder/model.safetensors", "trainer.pt")]
+    argv = options(world, tmp_path / "run")
+    text = Run(argv, partial(limit_file_size, sum(sizes) // 2)).fail()  # once the encoder's moments come in, it is too much
+    assert "cannot save" in text and "step-00000006" in text and text.endswith("step-00000003")
+    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000003"]
+    succeed(Run([*argv, "--resume"]))
+    assert_same_run(undisturbed.out, tmp_path / "run")
+    text = Run(options(world, tmp_path / "none"), partial(limit_file_size, 20_000)).fail()
+    assert "cannot save" in text and "the start" in text
+
+
+def test_no_room_for_the_encoder(undisturbed, world, tmp_path):
+    shutil.copytree(undisturbed.out, tmp_path / "run")
+    size = (undisturbed.out / "encoder/model.safetensors").stat().st_size
+    assert "run/encoder" in Run(options(world, tmp_path / "run", resume=True), partial(limit_file_size, size // 2)).fail()
+
+
+def test_resume_wants_the_same_settings(undisturbed, world, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(undisturbed.out, out)
+    assert "holds a run already" in error(capsys, *options(world, out))
+    text = error(capsys, *options(world, out, resume=True, lr_encoder=0.5, seed=3))
+    assert "lr_encoder was 0.0001, is 0.5" in text and "seed was 0, is 3" in text
+    fewer = write_manifest(world.folder / "fewer.jsonl", world.rows[1:])
+    assert "rows was 60, is 59" in error(capsys, *options(world, out, resume=True, data=fewer))
+    trainer = step_folder(out, STEPS) / "trainer.pt"
+    os.truncate(trainer, 1000)
+    assert f"{trainer} is damaged" in error(capsys, *options(world, out, resume=True))
+
+
+# ---------------------------------------------------------------- guards
+
+def loud(folder, name):
+    """A clip of finite samples whose spectrum is not: an honest NaN."""
+    write_clip(folder / name, tone(0.5) * np.float32(1e25), subtype="FLOAT")
+    return name
+
+
+def test_a_run_of_non_finite_updates_changes_nothing_and_ends(world, tmp_path):
+    bad = loud(world.folder, "clips/loud.wav")
+    rows = [row | {"audio": bad} if row["split"] == "train" else row for row in world.rows]
+    out = tmp_path / "run"
+    text = Run(options(world, out, data=write_manifest(world.folder / "loud.jsonl", rows), save_every=1, freeze_encoder=0)).fail()
+    assert f"{train.BAD_STEPS_IN_A_ROW} updates in a row were not finite" in text
+    last = train.BAD_STEPS_IN_A_ROW - 1
+    assert same_bits(weights(out, 1), weights(out, last))
+    encoder = UniWhisper.from_folders(world.encoder, world.decoder).encoder.state_dict()
+    assert all(torch.equal(weights(out, last)[f"model.encoder.{k}"], v) for k, v in encoder.items())
+    assert not torch.load(step_folder(out, last) / "trainer.pt")["optimizer"]["state"]
+
+
+def test_dirty_data_is_named_and_left_out(world, tmp_path):
+    """Two ranks; of the clips to train on one gives NaN and one is not audio, a held-out one is missing."""
+    more = dict(steps=8, batch_seconds=8)
+    s = train.parse(options(world, tmp_path / "run", **more))
+    read = train.open_data(s, RANKS)
+    stream = [rows for _, rows in itertools.islice(train.make_sampler(s, read, RANKS), 16)]  # what both ranks will see
+    places = {row["audio"]: n for n, row in enumerate(world.rows)}
+    rows = [dict(row) for row in world.rows]
+    for i in range(len(read)):  # the same lengths as before, so the same stream
+        rows[places[read[i]["audio"]]]["seconds"] = float(read.seconds[i])
+    nan, text, gone = (places[read[i]["audio"]] for i in (stream[6][0], stream[9][-1], read.where("valid")[0]))
+    rows[nan]["audio"], rows[text]["audio"], rows[gone]["audio"] = loud(world.folder, "clips/loud.wav"), "clips/text.wav", "gone.wav"
+    (world.folder / "clips/text.wav").write_text("not audio")
+    data = write_manifest(world.folder / "dirty.jsonl", rows)
+    both = start_pair(options(world, tmp_path / "run", **more, data=data))
+    succeed(*both)
+    said, lines = both[0].err + both[1].err, metrics(tmp_path / "run")
+    assert f"skipped: {data}:{text + 1} (clips/text.wav): " in said
+    assert f"skipped: {data}:{gone + 1} (gone.wav): No such file" in said
+    assert [line for line in lines if "loss" in line][-1]["skipped"] == {rows[text]["task"]: said.count("text.wav")}
+    left_out = [line for line in lines if "non_finite" in line]
+    assert 0 < len(left_out) < 8
+    assert all(line["rows"] == [f"{data}:{nan + 1} (clips/loud.wav)"] for line in left_out)
+    assert said.count(f"rows: {data}:{nan + 1} (clips/loud.wav)") == len(left_out)
+    assert all(v.isfinite().all() for v in weights(tmp_path / "run", 8).values())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_too_many_unreadable_clips_end_the_run(world, tmp_path, workers):
+    rows = [row | ({"audio": "clips/missing.wav", "seconds": 0.5} if row["split"] == "train" and i % 2 else {})
+            for i, row in enumerate(world.rows)]
+    data = write_manifest(world.folder / f"missing{workers}.jsonl", rows)
+    run = Run(options(world, tmp_path / "run", data=data, workers=workers))
+    assert "clips could not be read" in run.fail()
+    assert len(set(run.err.splitlines()[:-1])) >= 10  # each by its name
+
+
+def test_an_error_in_a_worker_is_one_line(world, tmp_path):
+    rows = [row | {"audio": "clips/missing.wav", "seconds": 0.5} for row in world.rows]
+    data = write_manifest(world.folder / "gone.jsonl", rows)
+    text = Run(options(world, tmp_path / "run", data=data, workers=1)).fail()
+    assert "clips in a row cannot be read" in text and "clips/missing.wav): No such file" in text
+
+
+# ---------------------------------------------------------------- flags and start-up errors
+
+@pytest.mark.parametrize("changes, says", [
+    (dict(encoder=None), "--data needs --encoder"),
+    (dict(decoder=None), "--data needs --decoder"),
+    (dict(encoder="nowhere"), "nowhere/config.json is missing"),
+    (dict(decoder="nowhere"), "nowhere/tokenizer.json is missing"),
+    (dict(data="nowhere.jsonl"), "nowhere.jsonl: no such manifest or tar"),
+    (dict(train_split=["train", "valid"]), "--valid-split valid is also in --train-split"),
+    (dict(train_split="fold9"), "--train-split"),
+    (dict(steps=0), "--steps is 0"),
+    (dict(batch_seconds=-1), "--batch-seconds is -1"),
+    (dict(clip=0), "--clip is 0"),
+    (dict(task_weights=["height"]), "--task-weights takes TASK=NUMBER, not height"),
+    (dict(task_weights=["height=much"]), "--task-weights takes TASK=NUMBER, not height=much"),
+    (dict(task_weights=["height=-1"]), "task weights {'height': -1.0}: none may be below 0"),
+    (dict(task_weights=["height=0"]), "task weights {'height': 0.0}: none may be below 0, and one must be above"),
+    (dict(task_weights=["depth=1"]), "['depth']"),
+    (dict(probe_every=3), "--probe-every needs --probe-data"),
+    (dict(probe_every=3, probe_data="nowhere.jsonl"), "nowhere.jsonl: no such manifest or tar"),
+])
+def test_settings_that_cannot_work(world, tmp_path, capsys, changes, says):
+    assert says in error(capsys, *options(world, tmp_path / "run", **changes))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_no_gpu(world, tmp_path, capsys):
+    assert "--device" in error(capsys, *options(world, tmp_path / "run", device="cuda"))
+
+
+@pytest.mark.parametrize("line, says", [
+    ("{not json", "not JSON"),
+    ('{"answer": "x"}', 'lacks "audio"'),
+    ('{"audio": "a.wav", "instruction": "x", "answer": " "}', "answer is ' '"),
+    ('{"audio": "a.wav", "answer": "yes", "task": "unheard"}', "'unheard' has no templates"),
+    ('{"audio": "a.wav", "instruction": "x", "answer": "y", "seconds": 31}', "31 s, longer than --max-seconds 30"),
+    ('{"audio": "a.wav", "instruction": "x", "answer": "y", "seconds": "1"}', "seconds is '1'"),
+    ("", "holds no rows"),
+])
+def test_bad_manifests(world, tmp_path, capsys, line, says):
+    data = write_manifest(tmp_path / "bad.jsonl", [line])
+    text = error(capsys, *options(world, tmp_path / "run", data=data))
+    assert says in text and str(tmp_path / "bad.jsonl") in text
+
+
+def test_bad_weights(world, tmp_path, capsys):
+    assert "model_type is 'qwen2'" in error(capsys, *options(world, tmp_path / "run", encoder=world.decoder))
+    bare = tmp_path / "bare"
+    shutil.copytree(world.decoder, bare)
+    make_tokenizer(bare, chat_tokens=())
+    assert "lacks the chat tokens <|im_start|>, <|im_end|>" in error(capsys, *options(world, tmp_path / "run", decoder=bare))
+    (bare / "tokenizer.json").write_text("{")
+    assert "tokenizer.json" in error(capsys, *options(world, tmp_path / "run", decoder=bare))
+    (bare / "model.safetensors").write_bytes(b"0123456789")
+    assert "damaged" in error(capsys, *options(world, tmp_path / "run", decoder=bare))
+
+
+@pytest.mark.parametrize("flags, says", [(["--stepps", "3"], "unrecognized arguments"), (["--step", "3"], "unrecognized arguments"),
+                                         (["--loss", "word"], "invalid choice"), (["--device", "tpu"], "invalid choice"),
+                                         (["--steps", "many"], "invalid int value")])
+def test_unknown_flags_are_errors(capsys, flags, says):
+    with pytest.raises(SystemExit) as end:
+        train.parse(flags)
+    assert end.value.code == 2 and says in capsys.readouterr().err
+
+
+def test_no_flags_mean_the_embedded_example():
+    s = train.parse([])
+    assert s.encoder.endswith("weights/tiny/encoder") and not s.data and s.steps == train.EXAMPLE["steps"]
+    assert train.parse(["--steps", "7"]).steps == 7
