@@ -89,8 +89,8 @@ FREE_ON_RESUME = {"resume", "out", "workers", "log_every", "save_every", "keep",
                   "eval_every", "eval_clips", "samples", "probe_every", "probe_data", "data"}
 # The embedded example: what `python train.py` alone means.
 EXAMPLE = dict(encoder=str(HERE / "weights/tiny/encoder"), decoder=str(HERE / "weights/tiny/decoder"), out="out/example",
-               steps=400, batch_seconds=32.0, warmup=20, lr_encoder=1e-3, lr_adapter=2e-3, workers=0, log_every=25,
-               eval_every=200, save_every=200, samples=36)
+               steps=600, batch_seconds=32.0, warmup=20, lr_encoder=1e-3, lr_adapter=2e-3, workers=0, log_every=25,
+               eval_every=300, save_every=300, samples=36)
 
 
 def parse(argv=None) -> Settings:
