@@ -69,6 +69,7 @@ class Settings:
     seed: int = flag(0, "of the adapter, the sampler and the instructions")
     # speed and memory
     device: str = flag("", "default: cuda if there is one, else cpu", choices=("cuda", "cpu"))
+    threads: int = flag(0, "CPU threads of this process (0: torch's own choice)")
     compile: bool = flag(False, "torch.compile each layer")
     checkpoint_layers: bool = flag(False, "recompute layers in backward: less memory, about a third more time")
     # reports and checkpoints
@@ -89,7 +90,7 @@ FREE_ON_RESUME = {"resume", "out", "workers", "log_every", "save_every", "keep",
                   "eval_every", "eval_clips", "samples", "probe_every", "probe_data", "data"}
 # The embedded example: what `python train.py` alone means.
 EXAMPLE = dict(encoder=str(HERE / "weights/tiny/encoder"), decoder=str(HERE / "weights/tiny/decoder"), out="out/example",
-               steps=600, batch_seconds=32.0, warmup=20, lr_encoder=1e-3, lr_adapter=2e-3, workers=0, log_every=25,
+               steps=600, batch_seconds=32.0, warmup=20, lr_encoder=1e-3, lr_adapter=2e-3, workers=1, threads=1, log_every=25,
                eval_every=300, save_every=300, samples=36)
 
 
@@ -154,6 +155,8 @@ class Ranks:
 def start_ranks(s: Settings) -> Ranks:
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if s.device == "cuda" else torch.device(s.device)
+    if s.threads:
+        torch.set_num_threads(s.threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
