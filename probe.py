@@ -214,7 +214,7 @@ def _rate(lr: float, epoch: int, epochs: int) -> float:
 
 
 def _inputs(x: torch.Tensor) -> torch.Tensor:
-    """Features (..., D) -> (..., D + 1): LayerNorm (gain and shift are left to the layer above), and a 1 for its bias."""
+    """Features (..., D) -> (..., D + 1): LayerNorm (gain and shift are left to the layer above), a 1 for its bias."""
     return F.pad(F.layer_norm(x.float(), x.shape[-1:]), (0, 1), value=1.0)
 
 
@@ -288,7 +288,7 @@ def fit_probes(x, y, runs, measure, classes: int, hidden=0, epochs=30, batch=32,
 
 
 def _fit_module(module: nn.Module, loss_of, count: int, value_of, epochs: int, batch: int, lr: float = 1e-3) -> None:
-    """Adam on loss_of(batch of numbers below `count`), cosine to a tenth; ends with the epoch of the best value_of()."""
+    """Adam on loss_of(batch of numbers below `count`), cosine to a tenth; ends at the epoch of the best value_of()."""
     adam, best, state = torch.optim.Adam(module.parameters(), lr=lr), -math.inf, None
     for epoch in range(epochs):
         adam.param_groups[0]["lr"] = _rate(lr, epoch, epochs)
@@ -535,7 +535,7 @@ def fingerprint(encoder: WhisperEncoder) -> str:
 
 
 def _decoded(clips: list[Clip], seconds: list[float], crop: float):
-    """Lists of (clip, piece, samples or AudioError), of half an hour each, short clips first, decoded one list ahead."""
+    """Lists of (clip, piece, samples or AudioError), half an hour each, short clips first, decoded one list ahead."""
     def read(n):
         try:
             audio = clips[n].rows.audio(clips[n].number)
@@ -573,7 +573,7 @@ def _encode(encoder, pieces: list[torch.Tensor], frames: bool, s) -> list[torch.
 
 
 def extract(encoder, task: Task, s, say):
-    """x (N, D), clip (N,) ascending, and a message for each unreadable clip; over 1 % of those, or NaN, is an error."""
+    """x (N, D), clip (N,) ascending, and a message for each unreadable clip; over 1 % of these, or NaN, is an error."""
     parts, failed, began, said = [{} for _ in task.clips], [], time.time(), time.time()
     seconds = [0.1 + float(c.rows.seconds[c.number]) for c in task.clips]  # 0.1: even the shortest clip takes its time
     for pieces in _decoded(task.clips, seconds, task.spec.crop):
@@ -621,7 +621,7 @@ def score(task: Task, x, clip, s, encoder=None) -> dict:
     epochs, classes = s.epochs or spec.epochs, len(task.classes)
     out = {"domain": spec.domain, "metric": spec.metric, "classes": classes, "knn": None}
     _, *parts = plans[0]
-    out["test"] = sum(len(clip[test].unique()) for *_, test in plans) // len(plans)  # clips; of a fold, where these rotate
+    out["test"] = sum(len(clip[test].unique()) for *_, test in plans) // len(plans)  # clips, of one fold
     if spec.metric == "recall@1":
         texts = [task.clips[n].label for n in clip]
         values = torch.tensor([score_retrieval(x, texts, parts, epochs, spec.batch, seed) for seed in range(s.seeds)])

@@ -24,7 +24,7 @@ from conftest import make_tokenizer, tone, write_clip, write_manifest
 from safetensors.torch import load_file
 
 import train
-from data import Batches, Rows, held_out
+from data import Batches, Rows
 from uniwhisper import UniWhisper, load_run
 
 HERE = Path(__file__).resolve().parent
