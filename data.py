@@ -85,7 +85,7 @@ def read_audio(source, max_seconds: float | None = None, name: str | None = None
             samples = f.read(dtype="float32", always_2d=True)
             cut = len(samples) < frames or _is_cut(source, f.extra_info)
     except (sf.LibsndfileError, RuntimeError, OSError) as e:
-        raise AudioError(f"{name}: not readable as audio ({e})") from None
+        raise AudioError(f"{name}: not readable as audio ({getattr(e, 'error_string', e)})") from None
     if cut:
         raise AudioError(f"{name}: cut short, {len(samples)} samples are left; fetch it again")
     if not len(samples):
@@ -255,7 +255,7 @@ class Rows:
     def _check_member(self, path, key, part):
         _, at, size = part["json"]
         try:
-            row = json.loads(self._pread(path, size, at))
+            row = _member_row(self._pread(path, size, at))
         except ValueError as e:
             return self._problem(f"{path}: {key}.json", f"not JSON ({e})")
         if not isinstance(row, dict):
@@ -283,7 +283,7 @@ class Rows:
             while b"\n" not in line and (more := self._pread(path, 65536, at + len(line))):
                 line += more
             return json.loads(line.split(b"\n", 1)[0])
-        row = json.loads(self._member(path, at)[1])
+        row = _member_row(self._member(path, at)[1])
         row.setdefault("audio", self._member(path, int(self.audio_at[i]))[0])
         return row
 
@@ -319,6 +319,12 @@ class Rows:
         if split not in self.splits:
             return np.empty(0, np.int32)
         return np.flatnonzero(self.split == self.splits.index(split)).astype(np.int32)
+
+
+def _member_row(text: bytes):
+    """A tar member's json; a list there is the clip's events (so X-ARES publishes DESED and MAESTRO)."""
+    row = json.loads(text)
+    return {"events": row} if isinstance(row, list) else row
 
 
 def _expand(paths) -> list[str]:

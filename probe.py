@@ -585,8 +585,8 @@ def extract(encoder, task: Task, s, say):
                 parts[n][k] = features
             if time.time() - said > 10:
                 said, done = time.time(), sum(t for t, p in zip(seconds, parts) if p)
-                speed, left = done / (said - began), sum(seconds) - done
-                say(f"{task.name}: {done / sum(seconds):.0%} encoded, {speed:.0f} x real time, {left / speed:.0f} s left")
+                share, speed, left = done / sum(seconds), done / (said - began), sum(seconds) - done
+                say(f"{task.name}: {share:.0%} encoded, {speed:.0f} x real time, {left / speed:.0f} s left")
     if len(failed) > 0.01 * len(task.clips):
         raise ValueError(f"{task.name}: {len(failed)} of {len(task.clips)} clips cannot be read, over 1 %: {failed[0]}")
     clip = torch.cat([torch.full((len(p[k]),), n) for n, p in enumerate(parts) for k in sorted(p)])

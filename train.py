@@ -288,7 +288,7 @@ class Log:
         self.numbers = {t: i for i, t in enumerate(tasks)}
         self.sums = torch.zeros(len(tasks), 2, dtype=torch.float64, device=ranks.device)  # loss, answer tokens
         self.seen = torch.zeros(len(tasks), 2, dtype=torch.float64)  # clips read, clips that could not be read
-        self.audio, self.first, self.since = 0.0, step, step
+        self.audio, self.first = 0.0, step
         self.start = self.mark = time.perf_counter()
         self.path = Path(s.out) / "metrics.jsonl"
         if ranks.rank == 0:  # what a killed run wrote after its last checkpoint is going to be written again
@@ -335,7 +335,7 @@ class Log:
                        + f")  lr {'/'.join(f'{r:.1e}' for r in rates)}  norm {norm:.2f}  "
                        f"{values['audio_seconds_per_second']:.1f} s/s  {values['memory_gib']:.1f} GiB  left {clock(left)}")
         self.sums.zero_()
-        self.audio, self.mark, self.since = 0.0, now, step
+        self.audio, self.mark = 0.0, now
 
 
 def clock(seconds: float) -> str:

@@ -325,7 +325,7 @@ BAD_TARS = {
     "json without audio": ([("a.json", row())], ": a: .json without its audio"),
     "same part twice": ([("a.wav", WAV), ("a.flac", WAV), ("a.json", row())], ": a.flac: comes twice"),
     "not JSON": ([("a.wav", WAV), ("a.json", b"{")], ": a.json: not JSON"),
-    "not an object": ([("a.wav", WAV), ("a.json", b"[]")], ": a.json: not a JSON object"),
+    "not an object": ([("a.wav", WAV), ("a.json", b"7")], ": a.json: not a JSON object"),
     "empty answer": ([("a.wav", WAV), ("a.json", row(answer=""))], ": a.json: answer is ''"),
     "no members": ([], ": holds no rows"),
     "too long": ([("a.wav", WAV), ("a.json", row(seconds=31))], ": a.json: 31 s, longer than --max-seconds"),
