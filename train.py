@@ -552,6 +552,9 @@ def train(s: Settings) -> None:
         save_encoder(t.model.encoder, Path(s.out) / "encoder", s.encoder)
         ranks.say(f"{s.out}/encoder: the trained encoder, a Hugging Face Whisper folder")
     if ranks.world > 1:
+        # Gloo's threads must have let go of the last gradients before their group is freed: freeing it holds Python's lock
+        # and waits for them, and to free a tensor they need that lock.
+        dist.barrier()
         dist.destroy_process_group()
 
 

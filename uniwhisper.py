@@ -318,11 +318,12 @@ class QwenAttention(nn.Module):
         self.q_norm = nn.RMSNorm(self.dim, c["rms_norm_eps"]) if qwen3 else nn.Identity()
         self.k_norm = nn.RMSNorm(self.dim, c["rms_norm_eps"]) if qwen3 else nn.Identity()
 
-    def forward(self, x, cos, sin, pack=None, mask=None, cache=None, positions=None):
+    def forward(self, x, cos, sin, pack=None, past=None, mask=None, cache=None, positions=None):
         q, k, v = (p(x).unflatten(-1, (-1, self.dim)) for p in (self.q_proj, self.k_proj, self.v_proj))  # (N or B, L, H, D / H)
         q, k = _rotate(self.q_norm(q), cos, sin), _rotate(self.k_norm(k), cos, sin)
         if pack is not None:
-            q, k, v = (pack.unpack(t) for t in (q, k, v))  # (B, L, H, D / H)
+            past_k, past_v = (None, None) if past is None else past
+            q, k, v = pack.unpack(q), pack.unpack(k, past_k), pack.unpack(v, past_v)  # (B, L, H, D / H)
         if cache is not None:  # write at `positions`, then look at all that is written
             rows = torch.arange(len(x), device=x.device)[:, None]
             for stored, new in zip(cache, (k, v)):
@@ -337,17 +338,19 @@ class QwenAttention(nn.Module):
 
 
 class Pack:
-    """The real tokens of right-padded rows (B, L) as one run (N): what works on single tokens skips the padding."""
+    """The tokens from `starts` up to `lengths` of rows (B, L) as one run (N): what works on single tokens skips the rest."""
 
-    def __init__(self, lengths: torch.Tensor, length: int, device):
-        keep = torch.arange(length) < lengths.cpu()[:, None]
+    def __init__(self, starts, lengths: torch.Tensor, length: int, device):
+        place = torch.arange(length)
+        keep = (place >= starts) & (place < lengths.cpu()[:, None])
         self.shape, self.index = keep.shape, keep.flatten().nonzero()[:, 0].to(device, non_blocking=True)
 
     def pack(self, x):  # (B, L, ...) -> (N, ...)
         return x.flatten(0, 1).index_select(0, self.index)
 
-    def unpack(self, x):  # (N, ...) -> (B, L, ...), padding zero
-        return x.new_zeros(self.shape.numel(), *x.shape[1:]).index_copy(0, self.index, x).unflatten(0, self.shape)
+    def unpack(self, x, rest=None):  # (N, ...) -> (B, L, ...), what is not packed from `rest` (B, L, ...), else zero
+        rest = x.new_zeros(self.shape.numel(), *x.shape[1:]) if rest is None else rest.flatten(0, 1)
+        return rest.index_copy(0, self.index, x).unflatten(0, self.shape)
 
 
 def _rotate(x, cos, sin):
@@ -374,8 +377,8 @@ class QwenLayer(nn.Module):
         self.input_layernorm = nn.RMSNorm(c["hidden_size"], c["rms_norm_eps"])
         self.post_attention_layernorm = nn.RMSNorm(c["hidden_size"], c["rms_norm_eps"])
 
-    def forward(self, x, cos, sin, pack=None, mask=None, cache=None, positions=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, pack, mask, cache, positions)
+    def forward(self, x, cos, sin, pack=None, past=None, mask=None, cache=None, positions=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, pack, past, mask, cache, positions)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -433,17 +436,22 @@ class QwenDecoder(nn.Module):
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         return self.embed_tokens(ids)  # (B, L, D)
 
-    def forward(self, embeds: torch.Tensor, lengths: torch.Tensor | None = None, cache=None, positions=None):
+    def forward(self, embeds, lengths: torch.Tensor | None = None, prompts=None, cache=None, positions=None):
         """embeds (B, L, D) -> hidden (B, L, D), after the last norm. Causal; pad on the right.
 
-        lengths (B,) on the CPU: padding beyond them is skipped, its hidden states are zero. With `cache` (see
-        new_cache) the L tokens stand at positions (B, L) of each row, and see what the cache holds up to there.
+        lengths (B,) on the CPU: padding beyond them is skipped, its hidden states are zero. prompts: ids that the rows
+        begin with, all of them text; their keys and values come from `past`, their hidden states are zero.
+        With `cache` (see new_cache) the L tokens stand at positions (B, L) of each row, and see what it holds up to there.
         """
-        x, pack, mask = embeds.to(self.embed_tokens.weight.dtype), None, None
+        x, pack, past, mask = embeds.to(self.embed_tokens.weight.dtype), None, None, None
+        b, l = x.shape[:2]
         if cache is None:
-            positions = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
-            if lengths is not None and bool((lengths < x.shape[1]).any()):
-                pack = Pack(lengths, x.shape[1], x.device)
+            positions = torch.arange(l, device=x.device).expand(b, l)
+            starts = torch.zeros(b, 1) if prompts is None else torch.tensor([[len(p)] for p in prompts])
+            lengths = torch.full((b,), l) if lengths is None else lengths
+            if bool(starts.any()) or bool((lengths < l).any()):
+                past = self.past(prompts, l) if prompts is not None else None
+                pack = Pack(starts, lengths, l, x.device)
                 x, positions = pack.pack(x), pack.pack(positions)  # (N, D), (N,)
         else:
             mask = torch.arange(cache[0][0].shape[1], device=x.device) <= positions[:, None, :, None]  # (B, 1, L, K)
@@ -454,11 +462,26 @@ class QwenDecoder(nn.Module):
             cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
             for i, layer in enumerate(self.layers):
                 if cache is None:
-                    x = _run_layer(self, layer, x, cos, sin, pack)
+                    x = _run_layer(self, layer, x, cos, sin, pack, None if past is None else past[i])
                 else:
-                    x = layer(x, cos, sin, None, mask, cache[i], positions)
+                    x = layer(x, cos, sin, None, None, mask, cache[i], positions)
             x = self.norm(x)
         return x if pack is None else pack.unpack(x)
+
+    @torch.no_grad()
+    def past(self, prompts: list[list[int]], length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Every layer's keys and values of rows that begin with these ids: (B, length, kv heads, D / H) each.
+
+        Nothing that trains reaches them: no gradient, and what several rows ask is computed once. Beyond a row's
+        prompt they are of no meaning, and to be written over. (Kept for later batches they would save little more, and
+        a resumed run, which computes them in other company, would not repeat the bits.)
+        """
+        number = {p: i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
+        ids = nn.utils.rnn.pad_sequence(list(map(torch.tensor, number)), batch_first=True).to(self.embed_tokens.weight.device)
+        cache, places = self.new_cache(len(number), length), torch.arange(ids.shape[1], device=ids.device)
+        self(self.embed(ids), cache=cache, positions=places.expand(ids.shape))
+        row = torch.tensor([number[tuple(p)] for p in prompts]).to(ids.device, non_blocking=True)
+        return [(k[row], v[row]) for k, v in cache]
 
     def new_cache(self, batch: int, length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Empty keys and values for every layer: (B, length, kv heads, D / H)."""
@@ -495,7 +518,8 @@ class QwenDecoder(nn.Module):
 class ChatTokenizer:
     """Qwen's tokenizer and chat template: instruction and answer to ids, tokenised apart and joined as ids.
 
-    # assumption: the paper gives no prompt. Here: one user turn, audio first, then the instruction; no system turn.
+    # assumption: the paper gives no prompt. Here: one user turn, the instruction before the audio; no system turn. So the
+    # decoder's state up to the audio depends on nothing that trains, and need not be computed again in each step.
     """
 
     def __init__(self, tokenizer: Tokenizer, folder="tokenizer"):
@@ -505,9 +529,10 @@ class ChatTokenizer:
             raise ValueError(f"{folder}: the tokenizer lacks the chat tokens {', '.join(missing)}; take an instruct model's")
         self.end = tokenizer.token_to_id("<|im_end|>")
         self.stop = {self.end} | {i for i in [tokenizer.token_to_id("<|endoftext|>")] if i is not None}
-        self.head = self._ids("<|im_start|>user\n")  # before the audio
+        self.head = self._ids("<|im_start|>user\n")
         # Qwen3 answers at once, without thinking aloud, after an empty thought.
         thought = "<think>\n\n</think>\n\n" if tokenizer.token_to_id("<think>") is not None else ""
+        # between the audio and the answer
         self.tail = self._ids("<|im_end|>\n<|im_start|>assistant\n" + thought)
         tokenizer.encode_special_tokens = True  # from here on: a text that spells a chat token is but text
 
@@ -526,8 +551,8 @@ class ChatTokenizer:
         return self.tokenizer.encode(text, add_special_tokens=False).ids
 
     def prompt(self, instruction: str) -> list[int]:
-        """Ids between the audio and the answer."""
-        return self._ids("\n" + instruction) + self.tail
+        """Ids before the audio."""
+        return self.head + self._ids(instruction + "\n")
 
     def answer(self, text: str) -> list[int]:
         return self._ids(text) + [self.end]
@@ -566,14 +591,14 @@ class UniWhisper(nn.Module):
         features, lengths = self.encode(audio, samples)
         tokens = self.adapter(features)  # (B, A, D)
         lengths = self.adapter.lengths(lengths).tolist()
-        head, a = self.tokenizer.head, tokens.shape[1]
-        rows = [head + [0] * n + p + y for n, p, y in zip(lengths, prompts, answers)]
+        tail, a = self.tokenizer.tail, tokens.shape[1]
+        rows = [p + [0] * n + tail + y[:-1] for n, p, y in zip(lengths, prompts, answers)]  # the end token predicts nothing
         l = max(map(len, rows))
         ids = torch.tensor([row + [0] * (l - len(row)) for row in rows])
         # Flat indices, made on the CPU, where all lengths are known: nothing waits for the device.
         source = torch.cat([torch.arange(n) + b * a for b, n in enumerate(lengths)])
-        target = torch.cat([torch.arange(n) + b * l + len(head) for b, n in enumerate(lengths)])
-        predict = torch.cat([torch.arange(len(row) - len(y), len(row)) + b * l - 1 for b, (row, y) in enumerate(zip(rows, answers))])
+        target = torch.cat([torch.arange(n) + b * l + len(p) for b, (n, p) in enumerate(zip(lengths, prompts))])
+        predict = torch.cat([torch.arange(len(row) - len(y), len(row)) + b * l for b, (row, y) in enumerate(zip(rows, answers))])
         ids, source, target, predict = (t.to(audio.device, non_blocking=True) for t in (ids, source, target, predict))
         embeds = self.decoder.embed(ids)
         spoken = tokens.flatten(0, 1).index_select(0, source).to(embeds.dtype)
@@ -595,7 +620,7 @@ class UniWhisper(nn.Module):
         alone: the (B, L, V) logits never exist.
         """
         embeds, lengths, predict = self._embed_chat(batch.audio, batch.samples, batch.prompts, batch.answers)
-        hidden = self.decoder(embeds, lengths).flatten(0, 1).index_select(0, predict)  # (answer tokens, D)
+        hidden = self.decoder(embeds, lengths, batch.prompts).flatten(0, 1).index_select(0, predict)  # (answer tokens, D)
         labels = torch.tensor([i for y in batch.answers for i in y]).to(hidden.device, non_blocking=True)
         with torch.autocast(hidden.device.type, enabled=False):
             losses = self._answer_losses(hidden, labels)

@@ -72,26 +72,30 @@ def encoder_flops(c: dict, tokens: list[int], trained: bool = False) -> float:
     return 3 * forward - conv1 if trained else forward
 
 
-def decoder_flops(c: dict, lengths: list[int], logits: int) -> float:
-    """FLOPs of a Qwen decoder's forward on rows of so many positions, causal attention, lm_head on `logits` positions."""
-    d, heads, total = c["hidden_size"], c["num_attention_heads"], sum(lengths)
+def decoder_flops(c: dict, lengths: list[int], logits: int, known: list[int] | None = None) -> float:
+    """FLOPs of a Qwen decoder's forward on rows of so many positions, causal attention, lm_head on `logits` positions;
+    known: first positions of each row whose keys and values are there already."""
+    known = known or [0] * len(lengths)
+    d, heads, total = c["hidden_size"], c["num_attention_heads"], sum(lengths) - sum(known)
     dim = c.get("head_dim") or (128 if c["model_type"] == "qwen3" else d // heads)
     weights = 2 * d * dim * (heads + c.get("num_key_value_heads", heads)) + 3 * d * c["intermediate_size"]
-    layer = 2 * total * weights + 2 * heads * dim * sum(n * (n + 1) for n in lengths)
+    layer = 2 * total * weights + 2 * heads * dim * sum(n * (n + 1) - k * (k + 1) for n, k in zip(lengths, known))
     return c["num_hidden_layers"] * layer + 2 * d * c["vocab_size"] * logits
 
 
-def step_flops(encoder: dict, decoder: dict, batch: Batch, head: int, padded: bool = False) -> float:
+def step_flops(encoder: dict, decoder: dict, batch: Batch, tail: int, padded: bool = False) -> float:
     """FLOPs of a training step: encoder and adapter x 3, decoder x 2 (it needs no gradient of its weights).
 
-    head: chat tokens before the audio. padded: as the peer does it, every clip 30 s, logits at every position.
+    tail: chat tokens between audio and answer. padded: as the peer does it, every clip 30 s, logits at every position,
+    the prompt computed in every step.
     """
     tokens = [1500 if padded else uw.encoder_lengths(n) for n in batch.samples.tolist()]
     audio, d, e = [-(-t // 4) for t in tokens], decoder["hidden_size"], encoder["d_model"]
-    lengths = [head + a + len(p) + len(y) for a, p, y in zip(audio, batch.prompts, batch.answers)]
+    prompts = [len(p) for p in batch.prompts]
+    lengths = [p + a + tail + len(y) - (not padded) for p, a, y in zip(prompts, audio, batch.answers)]
     adapter = 2 * sum(audio) * (4 * e * d + d * d)
     logits = sum(lengths) if padded else sum(map(len, batch.answers))
-    return encoder_flops(encoder, tokens, True) + 3 * adapter + 2 * decoder_flops(decoder, lengths, logits)
+    return encoder_flops(encoder, tokens, True) + 3 * adapter + 2 * decoder_flops(decoder, lengths, logits, None if padded else prompts)
 
 
 def peak_flops(device: str, dtype: torch.dtype) -> float:
@@ -249,18 +253,19 @@ class Peer(nn.Module):
         with self.amp:
             return self.encoder(features.to(self.device)).last_hidden_state
 
-    def embed(self, audio, texts, side):
+    def embed(self, audio, prompts, answers, side):
         """Chats spliced with the audio, padded on `side`: (embeds, mask)."""
+        texts = [self.tokenizer.tail + y for y in answers]
         with self.amp:
             spoken = self.projector(self.encode(self.features(audio)))  # (B, 375, D)
         table = self.decoder.get_input_embeddings()
         ids = lambda t: table(torch.tensor(t, device=self.device))
-        rows = [torch.cat((ids(self.tokenizer.head), x.to(table.weight.dtype), ids(t))) for x, t in zip(spoken, texts)]
+        rows = [torch.cat((ids(p), x.to(table.weight.dtype), ids(t))) for p, x, t in zip(prompts, spoken, texts)]
         mask = pad_sequence([torch.ones(len(r), dtype=torch.long, device=self.device) for r in rows], True, padding_side=side)
         return pad_sequence(rows, True, padding_side=side), mask
 
     def forward(self, audio, prompts, answers):
-        embeds, mask = self.embed(audio, [p + y for p, y in zip(prompts, answers)], "right")
+        embeds, mask = self.embed(audio, prompts, answers, "right")
         labels = torch.full(mask.shape, IGNORE_INDEX)
         for line, n, y in zip(labels, mask.sum(1).tolist(), answers):
             line[n - len(y) : n] = torch.tensor(y)
@@ -278,7 +283,7 @@ class Peer(nn.Module):
 
     @torch.no_grad()
     def generate(self, audio, prompts, count: int):
-        embeds, mask = self.embed(audio, prompts, "left")
+        embeds, mask = self.embed(audio, prompts, [[]] * len(prompts), "left")
         with self.amp:
             return self.decoder.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=count, do_sample=False)
 
@@ -392,7 +397,7 @@ def step(a):
     """The whole training step, log-mel to AdamW: train.py's update, and the peer's."""
     _, batches = read_batches(a)
     configs = uw.read_config(a.encoder, ("whisper",)), uw.read_config(a.decoder, ("qwen2", "qwen3"))
-    head = len(uw.ChatTokenizer.from_pretrained(a.decoder).head)
+    tail = len(uw.ChatTokenizer.from_pretrained(a.decoder).tail)
     thirty = [joined(batches, 30, max(1, round(a.batch_seconds / 30)))] * a.batches
     for name, some in (("suite's mix", batches), ("30 s clips", thirty)):
         sides = {"ours": [], "peer": []} if a.peer else {"ours": []}
@@ -406,7 +411,7 @@ def step(a):
                                      + ("--batch-seconds" if side == "ours" else f"--batch than {a.batch}")) from None
         totals = [[sum(times) for times, *_ in runs] for runs in sides.values()]
         top, middle = max(r[2] for r in sides["ours"]), [median(t) for t in totals]
-        shares = [sum(step_flops(*configs, b, head, padded) for b in some) / t / top for t, padded in zip(middle, (False, True))]
+        shares = [sum(step_flops(*configs, b, tail, padded) for b in some) / t / top for t, padded in zip(middle, (False, True))]
         note = f"{len(some)} updates, {sum(len(b.rows) for b in some)} clips, peer {a.batch} at once; "
         yield row(f"{name}: speed", "audio s/s", *(audio_seconds(some) / t for t in middle), note=note + " | ".join(map(spread, totals)))
         note = "of the FLOPs that each side needs"

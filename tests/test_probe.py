@@ -335,8 +335,9 @@ def test_transcription(tmp_path, folder):
                                       num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=True)
     decoder = transformers.Qwen2ForCausalLM(config)
     chat, adam = uniwhisper.ChatTokenizer(tokenizer), torch.optim.Adam(decoder.parameters(), lr=1e-2)
+    ask = chat.prompt(probe.data.TEMPLATES["transcribe"][0])
     for step in range(60):  # it learns to repeat the word that stands where the audio will
-        ids = torch.tensor([chat.head + [3 + w] * 2 + chat.prompt(probe.data.TEMPLATES["transcribe"][0]) + [3 + w, chat.end]
+        ids = torch.tensor([ask + [3 + w] * 2 + chat.tail + [3 + w, chat.end]
                             for w in range(4)])
         labels = ids.clone()
         labels[:, :-2] = -100

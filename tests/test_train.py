@@ -2,6 +2,7 @@
 
 A run here is the real command line in a process of its own, forked from a server that has imported torch already.
 """
+import faulthandler
 import itertools
 import json
 import multiprocessing
@@ -29,6 +30,7 @@ from uniwhisper import UniWhisper, load_run
 
 HERE = Path(__file__).resolve().parent
 STEPS, FROZEN = 12, 3
+TIMEOUT = 120  # seconds
 FORKS = multiprocessing.get_context("forkserver")
 
 
@@ -76,6 +78,7 @@ def run_here(argv, log, patch, environment):
     """In the new process: the command line, its output in files."""
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    faulthandler.dump_traceback_later(TIMEOUT - 10)  # where it hangs, should it hang
     os.environ.update(environment)
     torch.set_num_threads(1)
     sys.argv = ["train.py", *argv]
@@ -92,7 +95,7 @@ class Run:
         self.process.start()
 
     def wait(self) -> "Run":
-        self.process.join(120)
+        self.process.join(TIMEOUT)
         if self.process.is_alive():
             self.process.kill()
         self.process.join()
@@ -111,7 +114,7 @@ def succeed(*runs: Run) -> Run:
     """Wait for runs that are to end well; returns the first."""
     for run in runs:
         run.wait()
-    assert not any(run.code for run in runs), "\n".join(run.err for run in runs)
+    assert not any(run.code for run in runs), "\n".join(f"exit code {run.code}\n{run.err}" for run in runs)
     return runs[0]
 
 

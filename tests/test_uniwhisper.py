@@ -215,6 +215,31 @@ def test_right_padding_changes_no_row_and_comes_out_as_zeros(qwen):
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_prompts_given_as_ids_change_neither_what_follows_nor_its_gradient(kind, tmp_path):
+    make_qwen(tmp_path, kind)
+    decoder = QwenDecoder.from_pretrained(tmp_path)
+    ids = torch.randint(VOCABULARY, (4, 20), generator=torch.Generator().manual_seed(0))
+    starts, lengths, weight = [5, 1, 9, 5], torch.tensor([20, 3, 13, 9]), torch.randn(4, 20, 56)
+    prompts = [row[:n] for row, n in zip(ids.tolist(), starts)]
+    embeds = decoder.embed(ids).requires_grad_()
+    ours = decoder(embeds, lengths, prompts)
+    own = (torch.arange(20) >= torch.tensor(starts)[:, None])[..., None]
+    theirs = decoder(embeds, lengths) * own
+    assert_close(ours, theirs, 1e-5)
+    gradients = [torch.autograd.grad((h * weight).sum(), embeds)[0] * own for h in (ours, theirs)]
+    assert_close(*gradients, 1e-5)
+
+
+def test_a_prompt_of_several_rows_is_computed_once(qwen, monkeypatch):
+    decoder, computed = QwenDecoder.from_pretrained(qwen[0]), []
+    embed = decoder.embed
+    monkeypatch.setattr(decoder, "embed", lambda ids: computed.append(ids.tolist()) or embed(ids))
+    past = decoder.past([[5, 6, 7], [5, 6], [5, 6, 7]], 8)
+    assert computed == [[[5, 6, 7], [5, 6, 0]]] and len(past) == len(decoder.layers)
+    assert all(t.shape[:2] == (3, 8) and t[0].equal(t[2]) and not t.requires_grad for pair in past for t in pair)
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
 def test_greedy_generation_equals_transformers_and_that_without_cache(kind, tmp_path):
     theirs = make_qwen(tmp_path, kind)
     decoder = QwenDecoder.from_pretrained(tmp_path)
@@ -259,8 +284,8 @@ def test_decoder_computes_in_its_own_dtype_under_autocast(whisper, qwen):
 def test_chat_is_laid_out_as_designed(model):
     t = model.tokenizer
     spell = lambda ids: t.tokenizer.decode(ids, skip_special_tokens=False)
-    assert spell(t.head) == "<|im_start|>user\n"
-    assert spell(t.prompt("Who speaks?")) == "\nWho speaks?<|im_end|>\n<|im_start|>assistant\n"
+    assert spell(t.prompt("Who speaks?")) == "<|im_start|>user\nWho speaks?\n"
+    assert spell(t.tail) == "<|im_end|>\n<|im_start|>assistant\n"
     assert spell(t.answer("a dog")) == "a dog<|im_end|>" and t.answer("a dog")[-1] == t.end
     assert t.decode(t.answer("Grüße, 你好")) == "Grüße, 你好"
 
@@ -268,16 +293,15 @@ def test_chat_is_laid_out_as_designed(model):
 def test_qwen3s_tokenizer_gets_an_empty_thought(tmp_path):
     make_tokenizer(tmp_path, ("<|im_start|>", "<|im_end|>", "<think>", "</think>"))
     t = ChatTokenizer.from_pretrained(tmp_path)
-    assert t.tokenizer.decode(t.prompt("Who?"), skip_special_tokens=False).endswith(
-        "<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert t.tokenizer.decode(t.tail, skip_special_tokens=False).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
 
 
 def chats(model, theirs, batch):
-    """Each row by itself, its embeddings joined by hand: head, audio, prompt, answer -> (1, L, D)."""
+    """Each row by itself, its embeddings joined by hand: prompt, audio, tail, answer -> (1, L, D)."""
     embed = lambda ids: theirs.get_input_embeddings()(torch.tensor([ids], dtype=torch.long))
     for audio, samples, prompt, answer in zip(batch.audio, batch.samples, batch.prompts, batch.answers):
         spoken = model.adapter(model.encoder.encode(audio[None, :samples], samples[None])[0])
-        yield torch.cat((embed(model.tokenizer.head), spoken, embed(prompt), embed(answer)), 1)
+        yield torch.cat((embed(prompt), spoken, embed(model.tokenizer.tail), embed(answer)), 1)
 
 
 def straightforward_losses(model, theirs, batch):
