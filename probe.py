@@ -282,7 +282,7 @@ def fit_probes(x, y, runs, measure, classes: int, hidden=0, epochs=30, batch=32,
                     p.addcdiv_(m, v.sqrt().add_(1e-8 * unbias), value=-rate * unbias)
         for r, (_, valid, _) in enumerate(runs):
             value = measure(predict([p[r] for p in params], x, valid), valid)
-            if value >= best[r]:  # of equal epochs the last, which has trained longest
+            if value >= best[r]:  # assumption: of equal epochs the last, which has trained longest
                 best[r], epoch_of[r], chosen[r] = value, epoch + 1, [p[r].clone() for p in params]
     return chosen, epoch_of
 
@@ -755,6 +755,7 @@ class Settings:
     precision: str = _flag("fp32", "of the encoder", choices=["fp32", "bf16", "fp16"])
     batch_seconds: float = _flag(40.0, "audio in an encoder batch; more suits a GPU", type=float)
     device: str = _flag("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, ...")
+    # assumption: the paper says "MLP" and gives neither width nor activation
     hidden: int = _flag(256, "width of the probe's hidden layer; 0: linear, as X-ARES probes", type=int)
     epochs: int = _flag(None, "of the probe (default: X-ARES's own for its tasks, 30 for others)", type=int)
     seeds: int = _flag(3, "probes per task, for mean and spread", type=int)

@@ -80,8 +80,8 @@ class Settings:
     samples: int = flag(20, "held-out questions that the model answers at each evaluation")
     save_every: int = flag(500, "updates between checkpoints")
     keep: int = flag(2, "checkpoints kept")
-    probe_every: int = flag(0, "updates between kNN probes of the encoder (0: none)")
-    probe_data: tuple[str, ...] = flag((), "manifests and tars for these probes", nargs="+")
+    probe_data: tuple[str, ...] = flag((), "manifests and tars for kNN probes of the encoder during training", nargs="+")
+    probe_every: int = flag(500, "updates between these probes")
     resume: bool = flag(False, "go on from OUT's newest checkpoint")
 
 
@@ -109,13 +109,11 @@ def parse(argv=None) -> Settings:
         if not getattr(s, name):
             raise ValueError(f"--data needs --{name}, a Hugging Face folder; see weights/README.md")
     for name in ("steps", "batch_seconds", "accumulate", "stack", "max_seconds", "temperature", "clip", "log_every",
-                 "eval_every", "save_every", "keep"):
+                 "eval_every", "save_every", "keep", "probe_every"):
         if getattr(s, name) <= 0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(s, name)}; it must be above 0")
     if s.valid_split in s.train_split:
         raise ValueError(f"--valid-split {s.valid_split} is also in --train-split: the held-out loss would be trained on")
-    if s.probe_every and not s.probe_data:
-        raise ValueError("--probe-every needs --probe-data")
     device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device is cuda, but there is no GPU that torch can use")
@@ -479,7 +477,7 @@ class Trainer:
         if s.resume and not checkpoint:
             self.ranks.say(f"{s.out} has no finished checkpoint yet: starting at step 0")
         self.rows = open_data(s, self.ranks)
-        self.probe_rows = Rows(s.probe_data) if s.probe_every else None
+        self.probe_rows = Rows(s.probe_data) if s.probe_data else None
         self.sampler = make_sampler(s, self.rows, self.ranks)
         self.model = build_model(s, self.ranks, checkpoint)
         self.optimizer = build_optimizer(s, self.model)
@@ -541,7 +539,7 @@ def train(s: Settings) -> None:
             log.line(t.step, t.optimizer, norm)
         if t.step % s.eval_every == 0 or t.step == s.steps:
             report(t)
-        if s.probe_every and t.step % s.probe_every == 0:
+        if s.probe_data and t.step % s.probe_every == 0:
             probe(t)
         # The checkpoint comes last: a run killed before it does this step's reports again, one killed after it has them all.
         if t.step % s.save_every == 0 or t.step == s.steps:

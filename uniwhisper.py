@@ -63,6 +63,8 @@ def log_mel_spectrogram(audio: torch.Tensor, n_mels: int = 80) -> torch.Tensor:
     A clip gets the frames that it would have if padded to 30 s with zeros, as Whisper pads, and its floor is
     8 below its own maximum (log10): neither more zeros nor a loud neighbour in the batch changes a real frame.
     """
+    if audio.device.type == "cpu" and len(audio) > 1 and audio.numel() > WINDOW:  # in pieces that stay in its cache
+        return torch.cat([log_mel_spectrogram(some, n_mels) for some in audio.split(max(1, WINDOW // audio.shape[1]))])
     frames = max(1, audio.shape[-1] // HOP)
     # Windows that straddle the clip's end see zeros, and count for the maximum. Only where 30 s are reached does
     # Whisper's reflection come in.

@@ -541,7 +541,7 @@ def test_an_error_in_a_worker_is_one_line(world, tmp_path):
     (dict(task_weights=["height=-1"]), "task weights {'height': -1.0}: none may be below 0"),
     (dict(task_weights=["height=0"]), "task weights {'height': 0.0}: none may be below 0, and one must be above"),
     (dict(task_weights=["depth=1"]), "['depth']"),
-    (dict(probe_every=3), "--probe-every needs --probe-data"),
+    (dict(probe_every=0, probe_data="nowhere.jsonl"), "--probe-every is 0; it must be above 0"),
     (dict(probe_every=3, probe_data="nowhere.jsonl"), "nowhere.jsonl: no such manifest or tar"),
 ])
 def test_settings_that_cannot_work(world, tmp_path, capsys, changes, says):
