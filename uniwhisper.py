@@ -320,11 +320,11 @@ class QwenAttention(nn.Module):
         self.q_norm = nn.RMSNorm(self.dim, c["rms_norm_eps"]) if qwen3 else nn.Identity()
         self.k_norm = nn.RMSNorm(self.dim, c["rms_norm_eps"]) if qwen3 else nn.Identity()
 
-    def forward(self, x, cos, sin, pack=None, past=None, mask=None, cache=None, positions=None):
+    def forward(self, x, cos, sin, pack=None, out=None, past=None, mask=None, cache=None, positions=None):
         q, k, v = (p(x).unflatten(-1, (-1, self.dim)) for p in (self.q_proj, self.k_proj, self.v_proj))  # (N or B, L, H, D / H)
         q, k = _rotate(self.q_norm(q), cos, sin), _rotate(self.k_norm(k), cos, sin)
         if pack is not None:
-            past_k, past_v = (None, None) if past is None else past
+            past_k, past_v = past or (None, None)
             q, k, v = pack.unpack(q), pack.unpack(k, past_k), pack.unpack(v, past_v)  # (B, L, H, D / H)
         if cache is not None:  # write at `positions`, then look at all that is written
             rows = torch.arange(len(x), device=x.device)[:, None]
@@ -336,22 +336,20 @@ class QwenAttention(nn.Module):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         y = y.transpose(1, 2).flatten(2)  # (B, L, D)
-        return self.o_proj(y if pack is None else pack.pack(y))
+        return self.o_proj(y if pack is None else out.pack(y))
 
 
 class Pack:
-    """The tokens from `starts` up to `lengths` of rows (B, L) as one run (N): what works on single tokens skips the rest."""
+    """Some tokens of rows (B, L), at `index` of the flat B * L, as one run (N): what works on single tokens skips the rest."""
 
-    def __init__(self, starts, lengths: torch.Tensor, length: int, device):
-        place = torch.arange(length)
-        keep = (place >= starts) & (place < lengths.cpu()[:, None])
-        self.shape, self.index = keep.shape, keep.flatten().nonzero()[:, 0].to(device, non_blocking=True)
+    def __init__(self, index: torch.Tensor, shape: tuple[int, int]):
+        self.index, self.shape = index, shape
 
     def pack(self, x):  # (B, L, ...) -> (N, ...)
         return x.flatten(0, 1).index_select(0, self.index)
 
     def unpack(self, x, rest=None):  # (N, ...) -> (B, L, ...), what is not packed from `rest` (B, L, ...), else zero
-        rest = x.new_zeros(self.shape.numel(), *x.shape[1:]) if rest is None else rest.flatten(0, 1)
+        rest = x.new_zeros(math.prod(self.shape), *x.shape[1:]) if rest is None else rest.flatten(0, 1)
         return rest.index_copy(0, self.index, x).unflatten(0, self.shape)
 
 
@@ -379,8 +377,10 @@ class QwenLayer(nn.Module):
         self.input_layernorm = nn.RMSNorm(c["hidden_size"], c["rms_norm_eps"])
         self.post_attention_layernorm = nn.RMSNorm(c["hidden_size"], c["rms_norm_eps"])
 
-    def forward(self, x, cos, sin, pack=None, past=None, mask=None, cache=None, positions=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, pack, past, mask, cache, positions)
+    def forward(self, x, cos, sin, pack=None, out=None, past=None, mask=None, cache=None, positions=None):
+        """x (N, D) as `pack` has it -> (n, D) as `out` has it; or with a cache (B, L, D) -> (B, L, D)."""
+        y = self.self_attn(self.input_layernorm(x), cos, sin, pack, out, past, mask, cache, positions)
+        x = (x if out is pack else out.pack(pack.unpack(x))) + y
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -438,37 +438,38 @@ class QwenDecoder(nn.Module):
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         return self.embed_tokens(ids)  # (B, L, D)
 
-    def forward(self, embeds, lengths: torch.Tensor | None = None, prompts=None, cache=None, positions=None):
+    def forward(self, embeds, lengths: torch.Tensor | None = None, prompts=None, only=None, cache=None, positions=None):
         """embeds (B, L, D) -> hidden (B, L, D), after the last norm. Causal; pad on the right.
 
         lengths (B,) on the CPU: padding beyond them is skipped, its hidden states are zero. prompts: ids that the rows
-        begin with, all of them text; their keys and values come from `past`, their hidden states are zero.
+        begin with, all of them text; their keys and values come from `past`, their hidden states are zero. only (n,):
+        positions in the flat B * L -> hidden (n, D) there alone, which saves most of the last layer.
         With `cache` (see new_cache) the L tokens stand at positions (B, L) of each row, and see what it holds up to there.
         """
-        x, pack, past, mask = embeds.to(self.embed_tokens.weight.dtype), None, None, None
+        x = embeds.to(self.embed_tokens.weight.dtype)
         b, l = x.shape[:2]
-        if cache is None:
-            positions = torch.arange(l, device=x.device).expand(b, l)
-            starts = torch.zeros(b, 1) if prompts is None else torch.tensor([[len(p)] for p in prompts])
-            lengths = torch.full((b,), l) if lengths is None else lengths
-            if bool(starts.any()) or bool((lengths < l).any()):
-                past = self.past(prompts, l) if prompts is not None else None
-                pack = Pack(starts, lengths, l, x.device)
-                x, positions = pack.pack(x), pack.pack(positions)  # (N, D), (N,)
-        else:
+        if cache is not None:
             mask = torch.arange(cache[0][0].shape[1], device=x.device) <= positions[:, None, :, None]  # (B, 1, L, K)
+            how = [(None, None, None, mask, kept, positions) for kept in cache]
+        else:
+            places, starts = torch.arange(l).expand(b, l), torch.tensor([[len(p)] for p in prompts or [[]] * b])
+            keep = places >= starts if lengths is None else (places >= starts) & (places < lengths.cpu()[:, None])
+            index, positions = keep.flatten().nonzero()[:, 0], places[keep]
+            pack = Pack(index.to(x.device, non_blocking=True), (b, l))
+            past = self.past(prompts, l) if prompts else [None] * len(self.layers)
+            how = [(pack, pack, p) for p in past]
+            if only is not None:
+                how[-1] = pack, Pack(only, (b, l)), past[-1]
+            x, positions = pack.pack(x), positions.to(x.device, non_blocking=True)  # (N, D), (N,)
         with torch.autocast(x.device.type, enabled=False):
             half = torch.arange(0, self.config["head_dim"], 2, device=x.device).float() / self.config["head_dim"]
             angles = positions[..., None].float() * self.config["rope_theta"] ** -half
             angles = torch.cat((angles, angles), -1)[..., None, :]  # (N or B, L, 1, D / H)
             cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-            for i, layer in enumerate(self.layers):
-                if cache is None:
-                    x = _run_layer(self, layer, x, cos, sin, pack, None if past is None else past[i])
-                else:
-                    x = layer(x, cos, sin, None, None, mask, cache[i], positions)
+            for layer, more in zip(self.layers, how):
+                x = _run_layer(self, layer, x, cos, sin, *more)
             x = self.norm(x)
-        return x if pack is None else pack.unpack(x)
+        return x if cache is not None or only is not None else pack.unpack(x)
 
     @torch.no_grad()
     def past(self, prompts: list[list[int]], length: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -622,7 +623,7 @@ class UniWhisper(nn.Module):
         alone: the (B, L, V) logits never exist.
         """
         embeds, lengths, predict = self._embed_chat(batch.audio, batch.samples, batch.prompts, batch.answers)
-        hidden = self.decoder(embeds, lengths, batch.prompts).flatten(0, 1).index_select(0, predict)  # (answer tokens, D)
+        hidden = self.decoder(embeds, lengths, batch.prompts, predict)  # (answer tokens, D)
         labels = torch.tensor([i for y in batch.answers for i in y]).to(hidden.device, non_blocking=True)
         with torch.autocast(hidden.device.type, enabled=False):
             losses = self._answer_losses(hidden, labels)

@@ -73,14 +73,17 @@ def encoder_flops(c: dict, tokens: list[int], trained: bool = False) -> float:
 
 
 def decoder_flops(c: dict, lengths: list[int], logits: int, known: list[int] | None = None) -> float:
-    """FLOPs of a Qwen decoder's forward on rows of so many positions, causal attention, lm_head on `logits` positions;
-    known: first positions of each row whose keys and values are there already."""
-    known = known or [0] * len(lengths)
-    d, heads, total = c["hidden_size"], c["num_attention_heads"], sum(lengths) - sum(known)
+    """FLOPs of a Qwen decoder's forward on rows of so many positions, causal attention, lm_head on `logits` positions.
+
+    known, as our step does it: first positions of each row whose keys and values are there already; the last layer goes
+    on from its attention at the `logits` positions alone.
+    """
+    d, heads, total = c["hidden_size"], c["num_attention_heads"], sum(lengths) - sum(known or [])
     dim = c.get("head_dim") or (128 if c["model_type"] == "qwen3" else d // heads)
     weights = 2 * d * dim * (heads + c.get("num_key_value_heads", heads)) + 3 * d * c["intermediate_size"]
-    layer = 2 * total * weights + 2 * heads * dim * sum(n * (n + 1) - k * (k + 1) for n, k in zip(lengths, known))
-    return c["num_hidden_layers"] * layer + 2 * d * c["vocab_size"] * logits
+    layer = 2 * total * weights + 2 * heads * dim * sum(n * (n + 1) - k * (k + 1) for n, k in zip(lengths, known or [0] * len(lengths)))
+    left_out = 2 * (total - logits) * d * (heads * dim + 3 * c["intermediate_size"]) if known else 0
+    return c["num_hidden_layers"] * layer - left_out + 2 * d * c["vocab_size"] * logits
 
 
 def step_flops(encoder: dict, decoder: dict, batch: Batch, tail: int, padded: bool = False) -> float:

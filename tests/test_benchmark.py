@@ -48,6 +48,12 @@ def test_decoder_flops_are_those_of_torchs_counter_with_half_the_attention(qwen)
     full = counted(lambda: decoder.lm_head(decoder(torch.zeros(2, length, c["hidden_size"]))[:, -3:]))
     above = 2 * 2 * c["num_hidden_layers"] * c["num_attention_heads"] * c["head_dim"] * length * (length - 1)
     assert bench.decoder_flops(c, [length] * 2, 6) == full - above
+    only, prompts = torch.tensor([4, 5, 6, 11, 12, 13]), [[1, 2], [3, 4]]
+    ours = counted(lambda: decoder.lm_head(decoder(torch.zeros(2, length, c["hidden_size"]), None, prompts, only)))
+    ours -= counted(lambda: decoder.past(prompts, length))
+    square = 2 * 2 * 2 * c["num_hidden_layers"] * c["num_attention_heads"] * c["head_dim"] * length**2  # what is looked at
+    needed = 2 * 2 * c["num_hidden_layers"] * c["num_attention_heads"] * c["head_dim"] * (length * (length + 1) - 2 * 3)
+    assert bench.decoder_flops(c, [length] * 2, 6, [2, 2]) == ours - square + needed
 
 
 def test_the_peer_computes_the_same_loss_on_30_s_clips(model, batch, flags):

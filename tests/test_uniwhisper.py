@@ -222,7 +222,8 @@ def test_prompts_given_as_ids_change_neither_what_follows_nor_its_gradient(kind,
     starts, lengths, weight = [5, 1, 9, 5], torch.tensor([20, 3, 13, 9]), torch.randn(4, 20, 56)
     prompts = [row[:n] for row, n in zip(ids.tolist(), starts)]
     embeds = decoder.embed(ids).requires_grad_()
-    ours = decoder(embeds, lengths, prompts)
+    ours, only = decoder(embeds, lengths, prompts), torch.tensor([19, 22, 6])
+    assert_close(decoder(embeds, lengths, prompts, only), ours.flatten(0, 1)[only], 1e-5)
     own = (torch.arange(20) >= torch.tensor(starts)[:, None])[..., None]
     theirs = decoder(embeds, lengths) * own
     assert_close(ours, theirs, 1e-5)
