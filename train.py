@@ -312,8 +312,9 @@ class Log:
 
     def write(self, step: int, **values) -> None:
         if self.ranks.rank == 0:
+            line = json.loads(json.dumps({"step": step, **values}), parse_constant=lambda nan: None)  # JSON knows no NaN
             with open(self.path, "a") as f:
-                f.write(json.dumps({"step": step, **values}) + "\n")
+                f.write(json.dumps(line) + "\n")
 
     def line(self, step: int, optimizer, norm: float) -> None:
         """The dense line of an interval, on the console and as JSON."""
@@ -322,7 +323,7 @@ class Log:
         audio, *skipped = total.tolist()
         now = time.perf_counter()
         per_task = {t: loss / n for t, (loss, n) in zip(self.tasks, sums) if n}
-        rates = sorted({g["lr"] for g in optimizer.param_groups})
+        rates = {"encoder": optimizer.param_groups[0]["lr"], "adapter": optimizer.param_groups[2]["lr"]}
         left = (now - self.start) / max(1, step - self.first) * (self.s.steps - step)
         values = dict(loss=sum(a for a, _ in sums) / max(1, sum(n for _, n in sums)), tasks=per_task, norm=norm, lr=rates,
                       audio_seconds_per_second=audio / (now - self.mark), memory_gib=peak_memory(self.ranks.device),
@@ -330,7 +331,7 @@ class Log:
         self.write(step, **values)
         self.ranks.say(f"step {step:>{len(str(self.s.steps))}}/{self.s.steps}  loss {values['loss']:.3f}  ("
                        + "  ".join(f"{t} {v:.2f}" for t, v in per_task.items())
-                       + f")  lr {'/'.join(f'{r:.1e}' for r in rates)}  norm {norm:.2f}  "
+                       + f")  lr {'/'.join(f'{r:.1e}' for r in rates.values())}  norm {norm:.2f}  "
                        f"{values['audio_seconds_per_second']:.1f} s/s  {values['memory_gib']:.1f} GiB  left {clock(left)}")
         self.sums.zero_()
         self.audio, self.mark = 0.0, now
@@ -440,7 +441,7 @@ def make_sampler(s: Settings, rows: Rows, ranks: Ranks) -> Sampler:
     return Sampler(rows, index, s.batch_seconds, s.seed, s.temperature, weights, ranks.rank, ranks.world)
 
 
-def update(s: Settings, run, model, optimizer, scaler, batches, ranks: Ranks):
+def update(s: Settings, run, optimizer, scaler, batches, ranks: Ranks):
     """One update from this rank's batches: (gradient norm, [(losses, tokens) of each batch]).
 
     The loss is divided by the answer tokens (or clips) of all ranks and batches together, so neither changes its
@@ -525,7 +526,7 @@ def train(s: Settings) -> None:
         set_rates(s, t.optimizer, t.step)
         batches = [next(stream) for _ in range(s.accumulate)]
         log.count(batches)
-        norm, parts = update(s, run, t.model, t.optimizer, t.scaler, batches, ranks)
+        norm, parts = update(s, run, t.optimizer, t.scaler, batches, ranks)
         t.step += 1
         t.sampler.position = t.step * ranks.world * s.accumulate
         if math.isfinite(norm):
@@ -574,7 +575,7 @@ def complain(t: Trainer, batches, parts, norm: float) -> None:
         pairs = dict(pair for part in gathered for pair in part)  # row number -> is its loss finite
         names = [t.rows.name(i) for i in [i for i, fine in pairs.items() if not fine] or pairs]
         print(f"step {t.step}: gradient norm is {norm}, update left out; rows: {', '.join(names)}", file=sys.stderr, flush=True)
-        t.log.write(t.step, non_finite=norm, rows=names)
+        t.log.write(t.step, non_finite=str(norm), rows=names)
     if t.bad >= BAD_STEPS_IN_A_ROW * (5 if t.s.precision == "fp16" else 1):
         raise ArithmeticError(f"{t.bad} updates in a row were not finite; lower the learning rates or look at the rows named above")
 

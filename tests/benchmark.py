@@ -384,7 +384,7 @@ def run_steps(a, side: str, batches: list[Batch]) -> tuple[list[float], int, flo
         optimizer, scaler = train.build_optimizer(s, model), torch.amp.GradScaler(a.device, enabled=False)
         run = train.wrap(s, model, ranks, 0)
         train.set_rates(s, optimizer, s.warmup)
-        step = lambda b: train.update(s, run, model, optimizer, scaler, [b], ranks)
+        step = lambda b: train.update(s, run, optimizer, scaler, [b], ranks)
     else:
         peer = Peer(a)
         optimizer = torch.optim.AdamW([p for p in peer.parameters() if p.requires_grad], 1e-4)

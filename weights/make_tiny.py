@@ -128,7 +128,7 @@ def describe(rng, facts, sentences):
 
 
 def make_chat(rng, words):
-    """One user turn (description, question) and its answer, which follows from the description."""
+    """One user turn (question, description) and its answer, which follows from the description."""
     if rng.random() < 0.2:
         topic = rng.choice(sorted(COPY))
         questions, templates = COPY[topic]
@@ -145,7 +145,7 @@ def make_chat(rng, words):
         if not facts or rng.random() < 0.1:  # words that have nothing to do with it
             facts += [("noise", " ".join(rng.choices(words, k=rng.randint(1, 8))))]
         description = describe(rng, facts, {t: TOPICS[t][2] for t in TOPICS} | {"noise": ["{}.", "There is {}."]})
-    return f"<|im_start|>user\n{description}\n{rng.choice(questions)}<|im_end|>\n<|im_start|>assistant\n", answer
+    return f"<|im_start|>user\n{rng.choice(questions)}\n{description}<|im_end|>\n<|im_start|>assistant\n", answer
 
 
 def train_tokenizer(texts):
