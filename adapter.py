@@ -56,6 +56,8 @@ def main():
     p.add_argument("--d-text", type=int, default=896, help="decoder width (896: Qwen2.5-0.5B)")
     p.add_argument("--stack", type=int, default=4, help="encoder tokens of 20 ms joined into one audio token")
     args = p.parse_args()
+    if args.stack < 1:
+        p.error(f"--stack is {args.stack}; it must be at least 1")
     adapter = StackAdapter(args.d_audio, args.d_text, args.stack)
     out = adapter(torch.randn(1, 1500, args.d_audio))
     print(f"{sum(w.numel() for w in adapter.parameters()) / 1e6:.2f} M parameters; 30 s -> {tuple(out.shape)}")

@@ -84,7 +84,7 @@ def read_audio(source, max_seconds: float | None = None, name: str | None = None
                 raise AudioError(f"{name}: {seconds:.1f} s, longer than --max-seconds {max_seconds:g}; cut it or raise the limit")
             samples = f.read(dtype="float32", always_2d=True)
             cut = len(samples) < frames or _is_cut(source, f.extra_info)
-    except (sf.LibsndfileError, RuntimeError, OSError) as e:
+    except (sf.LibsndfileError, RuntimeError, OSError, MemoryError) as e:
         raise AudioError(f"{name}: not readable as audio ({getattr(e, 'error_string', e)})") from None
     if cut:
         raise AudioError(f"{name}: cut short, {len(samples)} samples are left; fetch it again")
@@ -159,7 +159,7 @@ class Rows:
 
     def __init__(self, paths, answers: bool = False, splits=None, max_seconds: float | None = None):
         self.paths = _expand(paths)
-        self._files, self._problems, self._seen = {}, [], 0
+        self._problems, self._seen = [], 0
         self._answers, self._keep, self._max_seconds = answers, splits, max_seconds
         self._numbers = ({}, {})  # task and split names -> numbers
         columns = array("i"), array("q"), array("q"), array("f"), array("i"), array("i")
@@ -183,21 +183,20 @@ class Rows:
     def __len__(self):
         return len(self.at)
 
-    def __getstate__(self):  # open files do not travel to other processes
-        return self.__dict__ | {"_files": {}}
-
     def _problem(self, where, what):
         self._problems.append(f"{where}: {what}")
 
     def _check(self, row, where, seconds_of):
         """(seconds, task number, split number) of a parsed row, or None where it is left out or bad."""
         self._seen += 1
-        task, split = str(row.get("task", "")), str(row.get("split", "train"))
+        task, split = (usual if row.get(key) is None else str(row[key]) for key, usual in (("task", ""), ("split", "train")))
         if self._keep is not None and split not in self._keep:
             return None
         if self._answers:
             if not isinstance(row.get("answer"), str) or not row["answer"].strip():
                 return self._problem(where, f"answer is {row.get('answer')!r}; training needs a text")
+            if not isinstance(row.get("instruction") or "", str):
+                return self._problem(where, f"instruction is {row['instruction']!r}; need a text")
             if not row.get("instruction") and task not in TEMPLATES:
                 return self._problem(where, f"no instruction, and task {task!r} has no templates; add either "
                                             "(TEMPLATES in data.py)")
@@ -266,10 +265,8 @@ class Rows:
             yield part["json"][0], part["audio"][0], *checked
 
     def _pread(self, path, size, at) -> bytes:
-        """pread keeps no position, so forked workers can share an open file."""
-        if path not in self._files:
-            self._files[path] = os.open(path, os.O_RDONLY)
-        return os.pread(self._files[path], size, at)
+        with open(path, "rb", buffering=0) as f:  # opened anew each time: there may be more shards than open files allowed
+            return os.pread(f.fileno(), size, at)
 
     def _member(self, path, at) -> tuple[str, bytes]:
         """Name and content of the tar member whose header stands at `at`."""
@@ -310,8 +307,11 @@ class Rows:
         path = self.paths[self.file[i]]
         if self.audio_at[i] >= 0:
             return f"{path} ({self._member(path, int(self.audio_at[i]))[0]})"
+        line, left = 1, int(self.at[i])
         with open(path, "rb") as f:
-            line = f.read(int(self.at[i])).count(b"\n") + 1
+            while left > 0:
+                some = f.read(min(left, 2**20))
+                line, left = line + some.count(b"\n"), left - len(some)
         return f"{path}:{line} ({self[i]['audio']})"
 
     def where(self, split: str) -> np.ndarray:
@@ -514,13 +514,14 @@ class Batches(Dataset):
         kept = [i for i in wanted if i in clips] or list(clips)
         draw = random.Random(f"{self.seed}/{number}")
         rows = [self.rows[i] for i in kept]
-        instructions = [r.get("instruction") or draw.choice(TEMPLATES[r["task"]]) for r in rows]
+        tasks = [self.rows.tasks[self.rows.task[i]] for i in kept]
+        instructions = [r.get("instruction") or draw.choice(TEMPLATES[t]) for r, t in zip(rows, tasks)]
         samples = torch.tensor([len(clips[i]) for i in kept])
         audio = torch.zeros(len(kept), int(samples.max()))
         for line, i in zip(audio, kept):
             line[: len(clips[i])] = clips[i]
         return Batch(audio, samples, [self.tokenizer.prompt(t) for t in instructions],
-                     [self.tokenizer.answer(r["answer"].strip()) for r in rows], [str(r.get("task", "")) for r in rows],
+                     [self.tokenizer.answer(r["answer"].strip()) for r in rows], tasks,
                      kept, instructions, [r["answer"].strip() for r in rows], skipped)
 
 

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -41,10 +41,11 @@ TOKEN = 0.02  # seconds
 
 @dataclass(frozen=True)
 class Spec:
-    """How to read and score a task. The 22 below are as X-ARES 0.1.3 has them."""
+    """How to read and score a task. The 22 below are as X-ARES 0.1.3 has them, but that frame probes draw single tokens
+    of all clips, batch * 500 at a time, not whole clips."""
     domain: str
     label: object  # key of a clip's json, or a function of the json
-    weight: int = 0  # in the average: size of the test set (of one fold, where folds rotate); 0: as counted
+    weight: int = 0  # in the average: X-ARES's eval_weight; 0: size of the test set (of one fold, where folds rotate)
     tars: str = ""  # their names up to the split's; with {}: up to the fold's number
     splits: str = "train valid test"  # as the tars call them; '-': no valid tars
     folds: range = range(0)
@@ -95,7 +96,7 @@ PAPER_TASKS = set(XARES) - {"clotho", "librispeech"}
 REFERENCES = [  # source, tasks, weighted averages of kNN and MLP; printed only beside scores of the very same tasks
     ("Whisper (paper)", PAPER_TASKS, 0.46, 0.64), ("UniWhisper (paper)", PAPER_TASKS, 0.61, 0.81),
     # X-ARES's kNN scales each feature across clips instead of each clip's vector: no number to compare with.
-    ("Whisper (X-ARES)", set(XARES), "-", 0.632), ("dasheng (X-ARES)", set(XARES), "-", 0.699)]
+    ("Whisper (X-ARES, linear)", set(XARES), "-", 0.632), ("dasheng (X-ARES, linear)", set(XARES), "-", 0.699)]
 
 
 # ---------------------------------------------------------------- metrics
@@ -416,33 +417,54 @@ class Task:
         return sorted({v[2] if self.frames else v for c in self.clips for v in (c.label if several else [c.label])})
 
 
-KINDS = [("events", "segment F1 macro"), ("captions", "recall@1"), ("label", "accuracy"), ("answer", "1 - WER")]
+# What a manifest's row has -> the metrics that fit it, the usual one first ("tags": a label that is a list).
+FITS = {"events": ("segment F1 macro", "segment F1 micro"), "captions": ("recall@1",), "tags": ("mAP",),
+        "label": ("accuracy", "1 - EER"), "answer": ("1 - WER",)}
+
+
+def _truth(row: dict) -> tuple[str, object]:
+    """(key of FITS, label) of a manifest's row. Raises ValueError."""
+    kind = next((k for k in ("events", "captions", "label", "answer") if row.get(k) not in (None, "")), None)
+    if kind is None or not row.get("task"):
+        raise ValueError(f"lacks {'a label' if row.get('task') else 'task'}; probing needs a task and a label, events, "
+                         "captions or an answer")
+    for key in ("task", "domain"):
+        if not isinstance(row.get(key, ""), str):
+            raise ValueError(f"{key} is {row[key]!r}; need a text")
+    value = row[kind]
+    if kind == "events":
+        try:
+            return kind, [(float(e["onset"]), float(e["offset"]), str(e["label"])) for e in value]
+        except (TypeError, KeyError, ValueError):
+            raise ValueError("events must be a list of {onset, offset, label}, in seconds") from None
+    if kind == "captions" and not (isinstance(value, list) and value and all(isinstance(v, str) for v in value)):
+        raise ValueError(f"captions is {value!r}; need a list of texts")
+    if kind == "label" and isinstance(value, list):
+        return "tags", [str(v) for v in value]
+    return kind, value if kind == "captions" else str(value)
 
 
 def manifest_tasks(rows: Rows) -> list[Task]:
     """A task for each `task` among the rows. Its kind follows from what a row has: events, captions, a label (a list:
-    tagging), or else an answer; `metric` may name another metric."""
+    tagging), or else an answer; `metric` may name another metric that fits."""
     tasks = {}
     for i in range(len(rows)):
         row = rows[i]
-        key, metric = next((kind for kind in KINDS if row.get(kind[0]) not in (None, "")), (None, None))
-        if key is None or not row.get("task"):
-            raise ValueError(f"{rows.name(i)}: lacks {'a label' if row.get('task') else 'task'}; probing needs a task "
-                             "and a label, events, captions or an answer")
-        label = row[key]
-        if key == "events":
-            label = [(e["onset"], e["offset"], str(e["label"])) for e in label]
-        elif key == "label":
-            metric, label = ("mAP", [str(v) for v in label]) if isinstance(label, list) else (metric, str(label))
-        spec = Spec(row.get("domain", "other"), key, metric=row.get("metric", metric), epochs=30, knn=key == "label")
-        task = tasks.setdefault(row["task"], Task(row["task"], spec, []))
-        if spec.metric not in METRICS or spec != task.spec:
-            other = f"its task {task.name} begins with {task.spec.domain}, {task.spec.label}, {task.spec.metric}"
-            other = other if spec.metric in METRICS else f"the metrics are {', '.join(METRICS)}"
-            raise ValueError(f"{rows.name(i)}: domain {spec.domain}, {key}, metric {spec.metric}; {other}")
-        split = str(row.get("split", "train"))
-        if split not in ("train", "valid", "test") and not split.isdigit():
-            raise ValueError(f"{rows.name(i)}: split is {split!r}; need train, valid, test or a fold's number")
+        try:
+            kind, label = _truth(row)
+            spec = Spec(row.get("domain", "other"), kind, metric=row.get("metric", FITS[kind][0]), epochs=30,
+                        knn=kind in ("label", "tags"))
+            if spec.metric not in FITS[kind]:
+                raise ValueError(f"metric is {spec.metric!r}; with {kind} it can be {' or '.join(FITS[kind])}")
+            task = tasks.setdefault(row["task"], Task(row["task"], spec, []))
+            if spec != task.spec:
+                raise ValueError(f"domain {spec.domain}, {kind}, metric {spec.metric}; its task {task.name} begins with "
+                                 f"{task.spec.domain}, {task.spec.label}, {task.spec.metric}")
+            split = "train" if row.get("split") is None else str(row["split"])
+            if split not in ("train", "valid", "test") and not split.isdigit():
+                raise ValueError(f"split is {split!r}; need train, valid, test or a fold's number")
+        except ValueError as e:
+            raise ValueError(f"{rows.name(i)}: {e}") from None
         task.clips.append(Clip(rows, i, int(split) if split.isdigit() else split, label))
     return list(tasks.values())
 
@@ -466,6 +488,13 @@ def check(task: Task, say) -> None:
     """Refuse what cannot be probed, before anything is encoded. Without a valid split hold out a tenth of train."""
     splits, classes, metric = {c.split for c in task.clips}, task.classes, task.spec.metric
     folds = {s for s in splits if isinstance(s, int)}
+    several = task.frames or metric == "mAP"
+    members = lambda c: {v[2] if task.frames else v for v in c.label} if several else {c.label}
+    for fold in sorted(folds) or ["test"] * bool(classes):
+        taught = (c for c in task.clips if (c.split != fold if folds else c.split == "train"))
+        if lost := set(classes).difference(*map(members, taught)):
+            say(f"note: {task.name}: no clip of class {', '.join(sorted(lost)[:5])} is in train"
+                + (f" when fold {fold} is test" if folds else "") + "; its clips elsewhere count as wrong")
     if METRICS[metric] and len(classes) < 2 or metric == "1 - EER" and len(classes) != 2:
         raise ValueError(f"{task.name}: has {len(classes)} class(es), {', '.join(classes[:3])}; {metric} needs "
                          f"{'two' if metric == '1 - EER' else 'two or more'}")
@@ -484,8 +513,6 @@ def check(task: Task, say) -> None:
         for n in draw.tolist():
             task.clips[train[n]] = task.clips[train[n]]._replace(split="held out")
         say(f"note: {task.name} has no valid split: its epoch is chosen on {len(draw)} clips held out of train")
-    if metric == "accuracy" and (lost := set(classes) - {c.label for c in task.clips if c.split == "train"}):
-        say(f"note: {task.name}: no clip of class {', '.join(sorted(lost)[:5])} is in train; the others count as wrong")
 
 
 def targets(task: Task, clip: torch.Tensor) -> torch.Tensor:
@@ -529,7 +556,9 @@ def fingerprint(encoder: WhisperEncoder) -> str:
     for name, tensor in sorted(encoder.state_dict().items()):
         h.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         h.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    for code in (WhisperEncoder, uniwhisper.log_mel_spectrogram, data.read_audio, data.resample, _encode):
+    for code in (uniwhisper.WhisperAttention, uniwhisper.WhisperLayer, WhisperEncoder, uniwhisper.mel_filters.__wrapped__,
+                 uniwhisper.log_mel_spectrogram, encoder_lengths, data.read_audio, data.resample,
+                 data._sinc_kernel.__wrapped__, _decoded, _encode, extract):
         h.update(inspect.getsource(code).encode())
     return h.hexdigest()
 
@@ -599,13 +628,16 @@ def extract(encoder, task: Task, s, say):
 
 def cached_features(encoder, mark: str, task: Task, s, say):
     """`extract`, kept on disk under a hash of all that its result depends on; mark: the encoder's fingerprint."""
-    key = [mark, s.context, s.layer, s.pool, s.precision, s.device, task.spec.crop, task.frames,
+    key = [mark, s.context, s.layer, None if task.frames else s.pool, s.precision, s.device, task.spec.crop, task.frames,
            [_stamp(c) for c in task.clips]]
     digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()
-    path = Path(s.cache, f"{task.name}-{digest}.safetensors")
+    path = Path(s.cache, re.sub(r"[^\w.-]", "_", task.name) + f"-{digest}.safetensors")
     if path.exists():
-        with safe_open(path, "pt") as f:
-            return f.get_tensor("x"), f.get_tensor("clip"), json.loads(f.metadata()["failed"])
+        try:
+            with safe_open(path, "pt") as f:
+                return f.get_tensor("x"), f.get_tensor("clip"), json.loads(f.metadata()["failed"])
+        except SafetensorError as e:
+            say(f"note: {path} is damaged ({e}): encoding again")
     x, clip, failed = extract(encoder, task, s, say)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_file({"x": x, "clip": clip}, f"{path}.{os.getpid()}", {"failed": json.dumps(failed)})
@@ -620,6 +652,11 @@ def score(task: Task, x, clip, s, encoder=None) -> dict:
     spec, x, plans = task.spec, x.to(s.device), rotations(task, clip)
     epochs, classes = s.epochs or spec.epochs, len(task.classes)
     out = {"domain": spec.domain, "metric": spec.metric, "classes": classes, "knn": None}
+    for part, rows in ((part, rows) for plan in plans for part, rows in zip(("neighbours", "train", "valid", "test"), plan)):
+        if not len(rows):
+            raise ValueError(f"{task.name}: no readable clip is left in {part}; it needs more clips")
+        if spec.metric == "1 - EER" and len({task.clips[n].label for n in clip[rows].unique()}) < 2:
+            raise ValueError(f"{task.name}: only one class is left in {part}; 1 - EER needs both")
     _, *parts = plans[0]
     out["test"] = sum(len(clip[test].unique()) for *_, test in plans) // len(plans)  # clips, of one fold
     if spec.metric == "recall@1":
@@ -642,31 +679,36 @@ def score(task: Task, x, clip, s, encoder=None) -> dict:
         tests = [test for *_, test in plans for _ in range(s.seeds)]
         values = torch.tensor([measure(predict(p, x, test), test) for p, test in zip(probes, tests)])
         values = values.view(len(plans), s.seeds).mean(0)
-    out |= {"mlp": values.mean().item(), "mlp_std": values.std(correction=min(1, len(values) - 1)).item()}
-    return out | {"weight": spec.weight or out["test"]}
+    out |= {"mlp": values.mean().item(), "weight": spec.weight or out["test"]}
+    return out | ({"mlp_std": values.std().item()} if len(values) > 1 else {})
 
 
-def knn_scores(encoder, rows: Rows, train_clips=300, test_clips=200, split="valid", **settings) -> dict[str, float]:
+@torch.no_grad()
+def knn_scores(encoder, tasks: list[Task], train_clips=300, test_clips=200, split="valid", **settings) -> dict[str, float]:
     """{task: kNN score} of an encoder in training: cheap, for it looks at few clips a task, always the same.
 
-    rows: with task, label and split. Class and tagging tasks are scored on `split` (what a run is watched by should not
-    be test), or on test where a task has no such split. settings: Settings' names, e.g. context="30s".
+    Class and tagging tasks are scored on `split` (what a run is watched by should not be test), on test where a task has
+    no such split, or on the last fold. settings: Settings' names, e.g. context="30s". Raises ValueError.
     """
     s, training, scores = Settings(**settings), encoder.training, {}
-    for task in manifest_tasks(rows):
-        draw = torch.randperm(len(task.clips), generator=torch.Generator().manual_seed(0)).tolist()
-        clips = [task.clips[n] for n in draw]
-        near = [c for c in clips if c.split == "train"][:train_clips]
-        part = split if any(c.split == split for c in clips) else "test"
-        far = [c for c in clips if c.split == part][:test_clips]
-        if not task.spec.knn or not near or not far:
-            continue
-        few = Task(task.name, task.spec, near + far)
-        x, clip, _ = extract(encoder.eval(), few, s, say=lambda text: None)
-        y, test = targets(few, clip), (clip >= len(near)).nonzero()[:, 0]
-        votes = knn(x, y, (clip < len(near)).nonzero()[:, 0], test, len(few.classes))
-        scores[task.name] = METRICS[task.spec.metric](votes, y[test], clip[test])
-    encoder.train(training)
+    encoder.eval()
+    try:
+        for task in tasks:
+            draw = torch.randperm(len(task.clips), generator=torch.Generator().manual_seed(0)).tolist()
+            clips, splits = [task.clips[n] for n in draw], {c.split for c in task.clips}
+            folds = {f for f in splits if isinstance(f, int)}
+            part = max(folds) if folds else split if split in splits else "test"
+            near = [c for c in clips if (c.split != part if folds else c.split == "train")][:train_clips]
+            far = [c for c in clips if c.split == part][:test_clips]
+            if not task.spec.knn or not near or not far:
+                continue
+            few = Task(task.name, task.spec, near + far)
+            x, clip, _ = extract(encoder, few, s, say=lambda text: None)
+            y, test = targets(few, clip), (clip >= len(near)).nonzero()[:, 0]
+            votes = knn(x, y, (clip < len(near)).nonzero()[:, 0], test, len(few.classes))
+            scores[task.name] = METRICS[task.spec.metric](votes, y[test], clip[test])
+    finally:
+        encoder.train(training)
     return scores
 
 
@@ -751,7 +793,7 @@ class Settings:
     context: str = _flag("clip", "encode clips as long as they are, or padded to 30 s, as Whisper was trained",
                          choices=["clip", "30s"])
     layer: int = _flag(None, "take the hidden state after this many layers (default: the last, normalised)", type=int)
-    pool: str = _flag("mean", "over the clip's real tokens", choices=["mean", "mean+std"])
+    pool: str = _flag("mean", "over the clip's real tokens (frame tasks are not pooled)", choices=["mean", "mean+std"])
     precision: str = _flag("fp32", "of the encoder", choices=["fp32", "bf16", "fp16"])
     batch_seconds: float = _flag(40.0, "audio in an encoder batch; more suits a GPU", type=float)
     device: str = _flag("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, ...")
@@ -774,8 +816,13 @@ def parse_settings(argv=None) -> Settings:
 
 def find_tasks(s: Settings, say) -> list[Task]:
     """The tasks to score, checked."""
+    if s.xares and not Path(s.xares).is_dir():
+        raise ValueError(f"--xares {s.xares}: no such folder")
     own = {t.name: t for t in manifest_tasks(Rows(s.data))} if s.data else {}
-    here = list(own) + [n for n in XARES if s.xares and Path(s.xares, n).is_dir()]
+    public = [n for n in XARES if s.xares and Path(s.xares, n).is_dir()]
+    if both := sorted(own.keys() & set(public)):
+        raise ValueError(f"{', '.join(both)}: in --data and in --xares; rename the manifest's task")
+    here = list(own) + public
     if unknown := set(s.tasks) - set(here):
         raise ValueError(f"--tasks {' '.join(sorted(unknown))}: not there; found: {', '.join(here) or 'none'}")
     tasks = []
@@ -793,6 +840,13 @@ def find_tasks(s: Settings, say) -> list[Task]:
 
 def run(s: Settings, say) -> dict:
     """{encoder: {task: scores}}."""
+    for folder in s.encoder:  # a bad one is found before hours of work on the others
+        encoder = WhisperEncoder.from_pretrained(folder)
+        if s.layer is not None and not 0 <= s.layer <= len(encoder.layers):
+            raise ValueError(f"--layer is {s.layer}; {folder} has layers 0 to {len(encoder.layers)}")
+    if s.decoder:
+        uniwhisper.read_config(s.decoder, ("qwen2", "qwen3"))
+        uniwhisper.ChatTokenizer.from_pretrained(s.decoder)
     tasks, results, threads = find_tasks(s, say), {}, torch.get_num_threads()
     for folder in s.encoder:
         encoder = WhisperEncoder.from_pretrained(folder).to(s.device).eval()
@@ -808,25 +862,35 @@ def run(s: Settings, say) -> dict:
     return results
 
 
+def check_flags(s: Settings) -> None:
+    """Raises ValueError for what would fail only after the work is done."""
+    if s.seeds < 1 or s.hidden < 0 or s.batch_seconds <= 0 or s.epochs is not None and s.epochs < 1:
+        raise ValueError("--seeds, --epochs and --batch-seconds must be positive, --hidden 0 or more")
+    if s.plot and find_spec("matplotlib") is None:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib")
+    for path in filter(None, (s.json, s.plot)):
+        if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
+            raise ValueError(f"{path}: " + ("is a folder" if Path(path).is_dir() else "its folder does not exist"))
+    try:
+        torch.empty(0, device=s.device)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"--device {s.device}: {str(e).splitlines()[0]}") from None
+
+
 def main():
     """Scores to stdout, all else to stderr; what a user can cause ends in one line and exit code 1."""
     s = parse_settings()
     try:
-        if s.seeds < 1 or s.hidden < 0 or s.batch_seconds <= 0 or s.epochs is not None and s.epochs < 1:
-            raise ValueError("--seeds, --epochs and --batch-seconds must be positive, --hidden 0 or more")
-        if s.plot and find_spec("matplotlib") is None:
-            raise ValueError("--plot needs matplotlib: pip install matplotlib")
-        if lost := [p for p in (s.json, s.plot) if p and not Path(p).absolute().parent.is_dir()]:
-            raise ValueError(f"{lost[0]}: its folder does not exist")
+        check_flags(s)
         results = run(s, say=lambda text: print(text, file=sys.stderr, flush=True))
+        print(table(results))
+        if s.json:
+            encoders = {e: {"tasks": r, "averages": averages(r)} for e, r in results.items()}
+            Path(s.json).write_text(json.dumps({"settings": asdict(s), "encoders": encoders}, indent=1) + "\n")
+        if s.plot:
+            plot(results, s.plot)
     except (OSError, ValueError) as e:
         sys.exit(f"error: {e}")
-    print(table(results))
-    if s.json:
-        encoders = {e: {"tasks": r, "averages": averages(r)} for e, r in results.items()}
-        Path(s.json).write_text(json.dumps({"settings": asdict(s), "encoders": encoders}, indent=1) + "\n")
-    if s.plot:
-        plot(results, s.plot)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import sys
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -73,7 +74,7 @@ class Settings:
     compile: bool = flag(False, "torch.compile each layer")
     checkpoint_layers: bool = flag(False, "recompute layers in backward: less memory, about a third more time")
     # reports and checkpoints
-    out: str = flag("out", "folder of the run")
+    out: str = flag("out", "folder of the run; several machines must share it")
     log_every: int = flag(10, "updates between log lines")
     eval_every: int = flag(500, "updates between held-out evaluations")
     eval_clips: int = flag(64, "held-out clips per task for the loss (0: all)")
@@ -110,14 +111,18 @@ def parse(argv=None) -> Settings:
             raise ValueError(f"--data needs --{name}, a Hugging Face folder; see weights/README.md")
     for name in ("steps", "batch_seconds", "accumulate", "stack", "max_seconds", "temperature", "clip", "log_every",
                  "eval_every", "save_every", "keep", "probe_every"):
-        if getattr(s, name) <= 0:
+        if not 0 < getattr(s, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(s, name)}; it must be above 0")
+    for name in ("threads", "workers", "samples", "eval_clips", "warmup", "freeze_encoder", "seed", "lr_encoder", "lr_adapter",
+                 "weight_decay"):
+        if not 0 <= getattr(s, name) < math.inf:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(s, name)}; it must be 0 or more")
     if s.valid_split in s.train_split:
         raise ValueError(f"--valid-split {s.valid_split} is also in --train-split: the held-out loss would be trained on")
     device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device is cuda, but there is no GPU that torch can use")
-    fast_bf16 = torch.cuda.is_bf16_supported() if device == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    fast_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else torch.cpu._is_avx512_bf16_supported()
     return dataclasses.replace(
         s, device=device, precision=s.precision or ("bf16" if fast_bf16 else "fp32"), out=os.path.abspath(s.out),
         encoder=os.path.abspath(s.encoder), decoder=os.path.abspath(s.decoder))
@@ -158,7 +163,8 @@ def start_ranks(s: Settings) -> Ranks:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # The others wait while rank 0 asks, probes and saves.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(hours=2))
     return Ranks(int(os.environ.get("RANK", 0)), world, device)
 
 
@@ -203,7 +209,7 @@ def wrap(s: Settings, model: UniWhisper, ranks: Ranks, step: int):
         p.requires_grad_(step >= s.freeze_encoder and name != "embed_positions.weight")
     if ranks.world == 1:
         return model
-    return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def autocast(s: Settings):
@@ -235,7 +241,7 @@ def save_checkpoint(s: Settings, model, state: dict, step: int) -> None:
     except Exception as e:  # safetensors and torch.save raise classes of their own when the disk is full
         shutil.rmtree(writing, ignore_errors=True)
         raise OSError(f"cannot save {final}: {e}; make room and --resume from {newest_checkpoint(s.out) or 'the start'}") from e
-    for old in sorted(folder.glob("step-*"))[: -s.keep]:
+    for old in sorted(p for p in folder.glob("step-*") if p.name[5:].isdigit())[: -s.keep]:
         shutil.rmtree(old.rename(folder / f".old-{old.name}"))
 
 
@@ -251,6 +257,13 @@ def rng_state(ranks: Ranks) -> dict:
     return {"torch": torch.get_rng_state(), "python": random.getstate(), "cuda": cuda}
 
 
+def set_rng_state(mine: dict, ranks: Ranks) -> None:
+    torch.set_rng_state(mine["torch"])
+    random.setstate(mine["python"])
+    if mine["cuda"] is not None:
+        torch.cuda.set_rng_state(mine["cuda"], ranks.device)
+
+
 def load_state(s: Settings, checkpoint: Path, ranks: Ranks, rows: Rows) -> dict:
     """The trainer's part of a checkpoint. Raises ValueError if it was made with other settings."""
     try:
@@ -262,11 +275,6 @@ def load_state(s: Settings, checkpoint: Path, ranks: Ranks, rows: Rows) -> dict:
     differ = [f"{k} was {then.get(k)!r}, is {v!r}" for k, v in now.items() if then.get(k) != v]
     if differ:
         raise ValueError(f"--resume of {checkpoint} with other settings: {'; '.join(differ)}; use the same, or another --out")
-    mine = state["random"][ranks.rank]
-    torch.set_rng_state(mine["torch"])
-    random.setstate(mine["python"])
-    if mine["cuda"] is not None:
-        torch.cuda.set_rng_state(mine["cuda"], ranks.device)
     return state
 
 
@@ -325,7 +333,8 @@ class Log:
         per_task = {t: loss / n for t, (loss, n) in zip(self.tasks, sums) if n}
         rates = {"encoder": optimizer.param_groups[0]["lr"], "adapter": optimizer.param_groups[2]["lr"]}
         left = (now - self.start) / max(1, step - self.first) * (self.s.steps - step)
-        values = dict(loss=sum(a for a, _ in sums) / max(1, sum(n for _, n in sums)), tasks=per_task, norm=norm, lr=rates,
+        tokens = sum(n for _, n in sums)
+        values = dict(loss=sum(a for a, _ in sums) / tokens if tokens else math.nan, tasks=per_task, norm=norm, lr=rates,
                       audio_seconds_per_second=audio / (now - self.mark), memory_gib=peak_memory(self.ranks.device),
                       skipped={t: int(n) for t, n in zip(self.tasks, skipped) if n})
         self.write(step, **values)
@@ -406,11 +415,14 @@ def report(t: "Trainer") -> dict[str, float]:
 
 
 def probe(t: "Trainer") -> None:
-    """kNN scores of the encoder as it is now, on a few held-out clips of each task; the other ranks go on meanwhile."""
+    """kNN scores of the encoder as it is now, on a few held-out clips of each task; the other ranks wait."""
     if t.ranks.rank == 0:
         from probe import knn_scores
 
-        scores = knn_scores(t.model.encoder, t.probe_rows, device=t.s.device)
+        try:
+            scores = knn_scores(t.model.encoder, t.probe_tasks, device=t.s.device)
+        except ValueError as e:  # no reason to lose the run
+            return t.ranks.say(f"step {t.step}/{t.s.steps}  kNN probe left out: {e}")
         t.log.write(t.step, knn=scores)
         t.ranks.say(f"step {t.step}/{t.s.steps}  kNN: " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
 
@@ -432,6 +444,15 @@ def open_data(s: Settings, ranks: Ranks) -> Rows:
     return Rows(data, answers=True, splits={*s.train_split, s.valid_split}, max_seconds=s.max_seconds)
 
 
+def read_probe_tasks(s: Settings) -> list:
+    from probe import check, manifest_tasks  # probe.py is needed by a run that probes alone
+
+    tasks = manifest_tasks(Rows(s.probe_data))
+    for task in tasks:
+        check(task, say=lambda text: None)
+    return tasks
+
+
 def make_sampler(s: Settings, rows: Rows, ranks: Ranks) -> Sampler:
     try:
         weights = {k: float(v) for k, v in (w.rsplit("=", 1) for w in s.task_weights)}
@@ -448,14 +469,14 @@ def update(s: Settings, run, optimizer, scaler, batches, ranks: Ranks):
     meaning. A norm that is not finite on one rank is so on all, for the gradients are summed: all leave the weights.
     """
     count = sum(len(b.tasks) if s.loss == "example" else sum(map(len, b.answers)) for b in batches)
-    total = ranks.sum(torch.tensor(float(count), device=ranks.device))
+    total = ranks.sum(torch.tensor(float(count)).to(ranks.device, non_blocking=True))
     parts = []
     for i, batch in enumerate(batches):
         waiting = ranks.world > 1 and i < len(batches) - 1
         with run.no_sync() if waiting else nullcontext():
             with autocast(s):
                 losses, tokens = run(batch.to(ranks.device), per_row=True)
-            weight = 1 / tokens.to(ranks.device) if s.loss == "example" else 1.0
+            weight = 1 / tokens.to(ranks.device, non_blocking=True) if s.loss == "example" else 1.0
             loss = (losses * weight).sum() * ranks.world / total  # DDP takes the mean over ranks
             scaler.scale(loss).backward()
         parts.append((losses.detach(), tokens))
@@ -473,19 +494,22 @@ class Trainer:
 
     def __init__(self, s: Settings):
         self.s, self.ranks, checkpoint = s, start_ranks(s), newest_checkpoint(s.out)
+        found = self.ranks.gather(checkpoint and checkpoint.name)
+        if self.ranks.rank == 0 and len(set(found)) > 1:
+            raise ValueError(f"{s.out}: the ranks find different checkpoints, {found}; --out must be a folder that all machines share")
         if checkpoint and not s.resume:
             raise ValueError(f"{s.out} holds a run already: add --resume to go on with it, or choose another --out")
         if s.resume and not checkpoint:
             self.ranks.say(f"{s.out} has no finished checkpoint yet: starting at step 0")
         self.rows = open_data(s, self.ranks)
-        self.probe_rows = Rows(s.probe_data) if s.probe_data else None
+        self.probe_tasks = read_probe_tasks(s) if s.probe_data else []
         self.sampler = make_sampler(s, self.rows, self.ranks)
+        state = load_state(s, checkpoint, self.ranks, self.rows) if checkpoint else None
         self.model = build_model(s, self.ranks, checkpoint)
         self.optimizer = build_optimizer(s, self.model)
         self.scaler = torch.amp.GradScaler(s.device, enabled=s.precision == "fp16")
         self.step, self.bad = 0, 0  # updates done; updates in a row that were not finite
         self.before = None  # held-out losses before training
-        state = load_state(s, checkpoint, self.ranks, self.rows) if checkpoint else None
         Path(s.out).mkdir(parents=True, exist_ok=True)
         self.log = Log(s, self.ranks, self.rows.tasks, state["step"] if state else 0)
         if state:
@@ -505,6 +529,7 @@ class Trainer:
         self.step, self.bad, self.before = state["step"], state["bad"], state["before"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        set_rng_state(state["random"][self.ranks.rank], self.ranks)
         self.sampler.load_state_dict(state["sampler"])
         if self.ranks.rank == 0:  # the sums are those of all ranks
             self.log.sums += state["sums"].to(self.ranks.device)
@@ -517,6 +542,8 @@ def train(s: Settings) -> None:
     introduce(t)
     if t.before is None:
         t.before = report(t)
+        if s.probe_data:
+            probe(t)
     run = wrap(s, t.model, ranks, t.step)
     stream = iter(loader(t.batches, t.sampler, s.workers, ranks.device.type == "cuda"))
     log.start = log.mark = time.perf_counter()
@@ -538,6 +565,7 @@ def train(s: Settings) -> None:
             complain(t, batches, parts, norm)
         if t.step % s.log_every == 0 or t.step == s.steps:
             log.line(t.step, t.optimizer, norm)
+        began = time.perf_counter()
         if t.step % s.eval_every == 0 or t.step == s.steps:
             report(t)
         if s.probe_data and t.step % s.probe_every == 0:
@@ -547,6 +575,7 @@ def train(s: Settings) -> None:
             state = t.state()
             if ranks.rank == 0:
                 save_checkpoint(s, t.model, state, t.step)
+        log.mark += time.perf_counter() - began  # reports do not count as training
     if ranks.rank == 0:
         save_encoder(t.model.encoder, Path(s.out) / "encoder", s.encoder)
         ranks.say(f"{s.out}/encoder: the trained encoder, a Hugging Face Whisper folder")

@@ -106,22 +106,34 @@ def read_json(path, *keys) -> dict:
     return found
 
 
+def check_sizes(config: dict, path, *keys) -> dict:
+    """The config, all of whose `keys` must be whole numbers above 0."""
+    if wrong := [f"{k} is {config[k]!r}" for k in keys if type(config[k]) is not int or config[k] < 1]:
+        raise ValueError(f"{path}: {', '.join(wrong)}; need whole numbers above 0")
+    return config
+
+
 def read_config(folder, model_types: tuple[str, ...], *keys) -> dict:
-    """config.json of a Hugging Face folder, with all of `keys`; refuses by name a model that is none of `model_types`."""
+    """config.json of a Hugging Face folder, with the sizes `keys`; refuses by name a model that is none of `model_types`."""
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: {folder} is no Hugging Face checkpoint folder; see weights/README.md")
     config = read_json(path)
     if config.get("model_type") not in model_types:
         raise ValueError(f"{path}: model_type is {config.get('model_type')!r}; need one of {', '.join(model_types)}")
-    return read_json(path, *keys)
+    return check_sizes(read_json(path, *keys), path, *keys)
 
 
 def read_weights(folder) -> dict[str, torch.Tensor]:
     """All tensors of a folder: model.safetensors, or the shards that model.safetensors.index.json names."""
     folder = Path(folder)
     index = folder / "model.safetensors.index.json"
-    shards = sorted(set(read_json(index, "weight_map")["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    shards = ["model.safetensors"]
+    if index.exists():
+        places = read_json(index, "weight_map")["weight_map"]
+        if not isinstance(places, dict):
+            raise ValueError(f"{index}: weight_map is no object; fetch it again")
+        shards = sorted(set(places.values()))
     missing = [s for s in shards if not (folder / s).is_file()]
     if missing:
         raise FileNotFoundError(f"{folder}: weight files missing: {', '.join(missing)}; fetch them as safetensors")
@@ -148,11 +160,11 @@ def load_strictly(module: nn.Module, tensors: dict[str, torch.Tensor], source) -
     module.load_state_dict(tensors, assign=True)
 
 
-def _run_layer(module, layer, *args):
+def _run_layer(module, layer, *args, **more):
     """One layer; with `module.checkpoint_layers` its activations are computed again in backward instead of kept."""
     if module.checkpoint_layers and torch.is_grad_enabled():
-        return checkpoint(layer, *args, use_reentrant=False)
-    return layer(*args)
+        return checkpoint(layer, *args, use_reentrant=False, **more)
+    return layer(*args, **more)
 
 
 # ---------------------------------------------------------------- Whisper's encoder
@@ -207,6 +219,8 @@ class WhisperEncoder(nn.Module):
                              "num_mel_bins", "max_source_positions")
         if config.get("activation_function", "gelu") != "gelu":
             raise ValueError(f"{folder}/config.json: activation_function is {config['activation_function']!r}; need 'gelu'")
+        if config["d_model"] % config["encoder_attention_heads"]:
+            raise ValueError(f"{folder}/config.json: {config['encoder_attention_heads']} heads do not divide d_model {config['d_model']}")
         with torch.device("meta"):
             encoder = cls(config)
         tensors = {}
@@ -391,7 +405,10 @@ def _read_qwen_config(folder) -> dict:
     c.setdefault("num_key_value_heads", c["num_attention_heads"])
     c["head_dim"] = c.get("head_dim") or (128 if c["model_type"] == "qwen3" else c["hidden_size"] // c["num_attention_heads"])
     c.setdefault("rms_norm_eps", 1e-6)
+    check_sizes(c, f"{folder}/config.json", "num_key_value_heads", "head_dim")
     rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"{folder}/config.json: rope settings are {rope!r}; need an object")
     c["rope_theta"] = float(rope.get("rope_theta") or c.get("rope_theta") or 10_000.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
     for name, value, needed in (("rope type", kind, "default"), ("hidden_act", c.get("hidden_act", "silu"), "silu"),
@@ -450,16 +467,16 @@ class QwenDecoder(nn.Module):
         b, l = x.shape[:2]
         if cache is not None:
             mask = torch.arange(cache[0][0].shape[1], device=x.device) <= positions[:, None, :, None]  # (B, 1, L, K)
-            how = [(None, None, None, mask, kept, positions) for kept in cache]
+            how = [dict(mask=mask, cache=kept, positions=positions) for kept in cache]
         else:
             places, starts = torch.arange(l).expand(b, l), torch.tensor([[len(p)] for p in prompts or [[]] * b])
             keep = places >= starts if lengths is None else (places >= starts) & (places < lengths.cpu()[:, None])
             index, positions = keep.flatten().nonzero()[:, 0], places[keep]
             pack = Pack(index.to(x.device, non_blocking=True), (b, l))
             past = self.past(prompts, l) if prompts else [None] * len(self.layers)
-            how = [(pack, pack, p) for p in past]
+            how = [dict(pack=pack, out=pack, past=p) for p in past]
             if only is not None:
-                how[-1] = pack, Pack(only, (b, l)), past[-1]
+                how[-1]["out"] = Pack(only, (b, l))
             x, positions = pack.pack(x), positions.to(x.device, non_blocking=True)  # (N, D), (N,)
         with torch.autocast(x.device.type, enabled=False):
             half = torch.arange(0, self.config["head_dim"], 2, device=x.device).float() / self.config["head_dim"]
@@ -467,7 +484,7 @@ class QwenDecoder(nn.Module):
             angles = torch.cat((angles, angles), -1)[..., None, :]  # (N or B, L, 1, D / H)
             cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
             for layer, more in zip(self.layers, how):
-                x = _run_layer(self, layer, x, cos, sin, *more)
+                x = _run_layer(self, layer, x, cos, sin, **more)
             x = self.norm(x)
         return x if cache is not None or only is not None else pack.unpack(x)
 
@@ -480,7 +497,7 @@ class QwenDecoder(nn.Module):
         a resumed run, which computes them in other company, would not repeat the bits.)
         """
         number = {p: i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
-        ids = nn.utils.rnn.pad_sequence(list(map(torch.tensor, number)), batch_first=True).to(self.embed_tokens.weight.device)
+        ids = nn.utils.rnn.pad_sequence(list(map(torch.tensor, number)), batch_first=True).to(self.embed_tokens.weight.device, non_blocking=True)
         cache, places = self.new_cache(len(number), length), torch.arange(ids.shape[1], device=ids.device)
         self(self.embed(ids), cache=cache, positions=places.expand(ids.shape))
         row = torch.tensor([number[tuple(p)] for p in prompts]).to(ids.device, non_blocking=True)
@@ -689,6 +706,8 @@ def _encode(args):
 def _ask(args):
     from data import read_audio
 
+    if args.max_new_tokens < 1:
+        raise ValueError(f"--max-new-tokens is {args.max_new_tokens}; it must be above 0")
     audio = read_audio(args.audio)
     print(load_run(args.run).generate(audio[None], [args.question], args.max_new_tokens)[0])
 

@@ -7,7 +7,7 @@ here=$(dirname "$0")/..
 classes=$(printf "$suite/%s.jsonl " language speaker_count voice command instrument pitch drum game_sound)
 
 resume=$([ -d "$out/checkpoints" ] && echo --resume || true)
-[ -d "$out/encoder" ] || python "$here/train.py" --data "$suite"/*.jsonl --out "$out" --seed "$seed" $resume \
+[ -f "$out/encoder/config.json" ] || python "$here/train.py" --data "$suite"/*.jsonl --out "$out" --seed "$seed" $resume \
     --encoder "$weights/whisper-base" --decoder "$weights/qwen2.5-0.5b" --stack 8 --steps 600 --batch-seconds 32 \
     --loss example --temperature 100 --lr-encoder 1.5e-4 --lr-adapter 1e-3 --freeze-encoder 40 --warmup 40 \
     --eval-every 600 --eval-clips 24 --save-every 50 --keep 20 --workers 1

@@ -2,6 +2,7 @@
 import io
 import json
 import math
+from functools import partial
 import os
 import sys
 import tarfile
@@ -319,7 +320,28 @@ def test_retrieval_learns():
     assert probe.score_retrieval(x, texts[:176] + shuffled[176:], parts, epochs=2, batch=16, seed=0) < 0.3
 
 
-def test_transcription(tmp_path, folder):
+def test_choice_of_retrieval_is_blind_to_test(monkeypatch):
+    values = value_after_fit(monkeypatch)
+    torch.manual_seed(0)
+    x = torch.randn(192, 16)
+    texts = [[f"word{n}"] for n in range(96)] * 2  # valid and test repeat what train has
+    parts = torch.arange(160), torch.arange(160, 176), torch.arange(176, 192)
+    turned = lambda part: [texts[n - 1] if n in part else t for n, t in enumerate(texts)]
+    x[96:] = x[:96]
+    for some in (texts, turned(parts[2].tolist()), turned(parts[1].tolist())):
+        probe.score_retrieval(x, some, parts, epochs=10, batch=16, seed=0)
+    assert values[0] == values[1] > values[2]
+
+
+def value_after_fit(monkeypatch) -> list:
+    """Of each module that probe.py fits: by what its epoch was chosen, after the last."""
+    values, fit = [], probe._fit_module
+    monkeypatch.setattr(probe, "_fit_module", lambda module, loss_of, count, value_of, *how: (
+        fit(module, loss_of, count, value_of, *how), values.append(value_of())))
+    return values
+
+
+def test_transcription(tmp_path, folder, monkeypatch):
     """An adapter learns to have a frozen decoder say which of four words it hears."""
     transformers = pytest.importorskip("transformers")
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -352,6 +374,10 @@ def test_transcription(tmp_path, folder):
     parts = torch.arange(40), torch.arange(40, 52), torch.arange(52, 64)
     got = probe.score_transcription(x, clip, texts, parts, folder, tmp_path / "qwen", epochs=8, batch=4)
     assert got > 0.5
+    values, score = value_after_fit(monkeypatch), partial(probe.score_transcription, x, clip)
+    for some in (texts, texts[:52] + ["one"] * 12, texts[:40] + ["one"] * 12 + texts[52:]):
+        score(some, parts, folder, tmp_path / "qwen", epochs=1, batch=4)
+    assert values[0] == values[1] != values[2]  # chosen on valid, blind to test
 
 
 # ---------------------------------------------------------------- features
@@ -462,7 +488,7 @@ def test_averages_and_references():
     assert means["music"] == pytest.approx({"knn": 0, "knn_plain": 0, "mlp": 0.75, "mlp_plain": 0.5})
     assert "paper" not in probe.table({"x/e": scores})
     full = {n: r(0.5, 0.5, spec.weight, spec.domain) for n, spec in probe.XARES.items()}
-    assert "(X-ARES)" in probe.table({"e": full}) and "paper" not in probe.table({"e": full})
+    assert "(X-ARES, linear)" in probe.table({"e": full}) and "paper" not in probe.table({"e": full})
     paper = {n: full[n] for n in probe.PAPER_TASKS}
     assert len(paper) == 20 and "UniWhisper (paper): kNN 0.61, MLP 0.81" in probe.table({"e": paper})
     assert "(paper)" not in probe.table({"e": paper | {"drum": r(0.5, 0.5, 9, "music")}})
@@ -472,9 +498,18 @@ def test_scores_during_training(tmp_path, folder):
     rows = Rows([write_manifest(tmp_path, "notes", note_rows(96)),
                  write_manifest(tmp_path, "words", [({"answer": "hello", "split": "train"}, tone(300))])])
     encoder = uniwhisper.WhisperEncoder.from_pretrained(folder).train()
-    scores = probe.knn_scores(encoder, rows, train_clips=40, test_clips=6, device="cpu")
+    tasks = probe.manifest_tasks(rows)
+    scores = probe.knn_scores(encoder, tasks, train_clips=40, test_clips=6, device="cpu")
     assert scores == {"notes": 1.0} and encoder.training
-    assert probe.knn_scores(encoder, rows, split="test", device="cpu")["notes"] > 0.9
+    assert probe.knn_scores(encoder, tasks, split="test", device="cpu")["notes"] > 0.9
+    for n, clip in enumerate(tasks[0].clips):
+        tasks[0].clips[n] = clip._replace(split=n % 4)
+    assert probe.knn_scores(encoder, tasks[:1], device="cpu")["notes"] > 0.9
+    with torch.no_grad():
+        encoder.layers[0].fc1.bias[0] = math.nan
+    with pytest.raises(ValueError, match="not finite"):
+        probe.knn_scores(encoder, tasks, device="cpu")
+    assert encoder.training
 
 
 def test_tagging_and_other_metrics(tmp_path, folder):
@@ -577,7 +612,15 @@ def change(row, **more):
     ({"split": "dev"}, "notes.jsonl:1 (notes-0.wav): split is 'dev'; need train, valid, test or a fold's number"),
     ({"label": None}, "notes.jsonl:1 (notes-0.wav): lacks a label"),
     ({"task": ""}, "notes.jsonl:1 (notes-0.wav): lacks task"),
-    ({"metric": "mean"}, "metric mean; the metrics are accuracy, "),
+    ({"metric": "mean"}, "notes.jsonl:1 (notes-0.wav): metric is 'mean'; with label it can be accuracy or 1 - EER"),
+    ({"metric": "mAP"}, "metric is 'mAP'; with label it can be accuracy or 1 - EER"),
+    ({"label": ["low"], "metric": "accuracy"}, "metric is 'accuracy'; with tags it can be mAP"),
+    ({"captions": "a low note"}, "captions is 'a low note'; need a list of texts"),
+    ({"captions": []}, "captions is []; need a list of texts"),
+    ({"events": [{"start": 0, "end": 1, "note": "c"}]}, "events must be a list of {onset, offset, label}, in seconds"),
+    ({"events": [{"onset": "now", "offset": 1, "label": "c"}]}, "events must be a list of {onset, offset, label}, in seconds"),
+    ({"task": 5}, "task is 5; need a text"),
+    ({"domain": ["music"]}, "domain is ['music']; need a text"),
     ({"metric": "1 - EER"}, "notes: has 3 class(es), high, low, middle; 1 - EER needs two"),
 ])
 def test_bad_rows(tmp_path, folder, more, want):
@@ -610,6 +653,19 @@ def test_unreadable_clips(tmp_path, folder, capsys):
     assert "notes: 1 of 60 clips cannot be read, over 1 %: " in message and "notes-7.wav" in message
 
 
+def test_parts_without_clips_or_classes(tmp_path, folder):
+    def splits(of, **more):
+        return [(change(row, split=of(i), label=("low", "high")[i % 2], **more), audio) for i, (row, audio) in enumerate(note_rows(120))]
+
+    rows = splits(lambda i: "valid" if i == 7 else "test" if i > 80 else "train")
+    rows[7] = (rows[7][0], b"no audio")
+    assert "notes: no readable clip is left in valid" in bad(tmp_path, folder, rows)
+    rows = splits(lambda i: "valid" if i % 7 == 0 else "test" if i in (81, 83) else "train", metric="1 - EER")
+    assert "notes: only one class is left in test; 1 - EER needs both" in bad(tmp_path, folder, rows)
+    assert "notes: no readable clip is left in train" in bad(tmp_path, folder, [
+        (change(row, split="test" if i else "train", label=str(i % 2)), audio) for i, (row, audio) in enumerate(note_rows(12))])
+
+
 def test_features_that_are_not_finite(tmp_path, folder):
     encoder = uniwhisper.WhisperEncoder.from_pretrained(folder)
     with torch.no_grad():
@@ -625,7 +681,11 @@ def test_notes(tmp_path, folder):
     said = []
     probe.run(settings(tmp_path, encoder=[str(folder)], data=[write_manifest(tmp_path, "notes", rows)]), said.append)
     assert "note: notes has no valid split: its epoch is chosen on 2 clips held out of train" in said
-    assert "note: notes: no clip of class other is in train; the others count as wrong" in said
+    assert "note: notes: no clip of class other is in train; its clips elsewhere count as wrong" in said
+    rows = [(change(row, split=i % 4), audio) for i, (row, audio) in enumerate(note_rows(24))]
+    rows[10] = (change(rows[10][0], label="other"), rows[10][1])
+    probe.run(settings(tmp_path, encoder=[str(folder)], data=[write_manifest(tmp_path, "notes", rows)]), said.append)
+    assert "note: notes: no clip of class other is in train when fold 2 is test; its clips elsewhere count as wrong" in said
 
 
 def test_bad_flags(tmp_path, folder):
@@ -635,6 +695,16 @@ def test_bad_flags(tmp_path, folder):
     assert "config.json is missing" in main("--encoder", tmp_path, "--data", path, "--cache", tmp_path)
     assert main("--encoder", folder, "--data", path, "--tasks", "drum") == "error: --tasks drum: not there; found: notes"
     assert "its folder does not exist" in main("--encoder", folder, "--data", path, "--json", tmp_path / "no" / "o.json")
+    assert "is a folder" in main("--encoder", folder, "--data", path, "--json", tmp_path)
+    assert "--device foo: " in main("--encoder", folder, "--data", path, "--device", "foo")
+    assert "none/config.json is missing" in main("--encoder", folder, tmp_path / "none", "--data", path)
+    assert "none/config.json is missing" in main("--encoder", folder, "--data", path, "--decoder", tmp_path / "none")
+    assert "--layer is 9; " in main("--encoder", folder, "--data", path, "--layer", 9)
+    assert "nowhere: no such folder" in main("--encoder", folder, "--data", path, "--xares", tmp_path / "nowhere")
+    (tmp_path / "both" / "notes").mkdir(parents=True)
+    (tmp_path / "both" / "esc50").mkdir()
+    twin = write_manifest(tmp_path, "twin", [(change(row, task="esc50"), None) for row, _ in note_rows(12)])
+    assert "esc50: in --data and in --xares; rename" in main("--encoder", folder, "--data", twin, "--xares", tmp_path / "both")
     assert "must be positive" in main("--encoder", folder, "--data", path, "--seeds", 0)
     assert main("--encoder", folder, "--data", path, "--no-such-flag", "1") == 2
     (tmp_path / "env" / "esc50").mkdir(parents=True)

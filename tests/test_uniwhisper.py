@@ -470,6 +470,10 @@ BAD_FOLDERS = {  # what is done to a good folder, and what the one line must nam
     "yarn, older place": (edit_config(rope_parameters=None, rope_scaling={"type": "yarn"}), "type is 'yarn'"),
     "sliding window": (edit_config(use_sliding_window=True), "use_sliding_window"),
     "other width": (edit_config(hidden_size=60), "shape of embed_tokens.weight is (521, 56)"),
+    "a size is text": (edit_config(hidden_size="56"), "hidden_size is '56'; need whole numbers above 0"),
+    "a size is null": (edit_config(num_key_value_heads=None), "num_key_value_heads is None; need whole numbers above 0"),
+    "rope is text": (edit_config(rope_parameters="x"), "rope settings are 'x'; need an object"),
+    "index is a list": (write("model.safetensors.index.json", '{"weight_map": []}'), "weight_map is no object"),
     "missing shard": (remove("model-00002*"), "model-00002"),
     "index is not JSON": (write("model.safetensors.index.json", "{"), "model.safetensors.index.json"),
     "no weights": (remove("*.index.json"), "model.safetensors"),
@@ -542,7 +546,7 @@ def run(model, whisper, qwen, tmp_path):
             model.encoder.layers[0].fc1.weight.mul_(1.2)
         save_encoder(model.encoder, folder / "encoder")
         save_file(model.adapter.state_dict(), folder / "adapter/model.safetensors")
-    (out / "checkpoints/step-00000003.writing").mkdir()  # cut short while it was written
+    (out / "checkpoints/.writing-00000003").mkdir()  # cut short while it was written
     (out / "config.json").write_text(json.dumps(settings))
     return out
 

@@ -68,7 +68,7 @@ def test_decoder_has_learnt_prose(decoder):
 ])
 def test_decoder_answers_from_the_description(decoder, description, question, answer):
     model, tokenizer = decoder
-    prompt = f"<|im_start|>user\n{description}\n{question}<|im_end|>\n<|im_start|>assistant\n"
+    prompt = f"<|im_start|>user\n{question}\n{description}<|im_end|>\n<|im_start|>assistant\n"
     ids = tokenizer(prompt, return_tensors="pt").input_ids
     out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
     assert tokenizer.decode(out[0, ids.shape[1]:]) == answer + "<|im_end|>"

@@ -295,8 +295,8 @@ def show(model, tokenizer, seed):
     rng = random.Random(seed + 1)
     for _ in range(10):
         prompt, answer = make_chat(rng, "table number window garden".split())
-        description, question = prompt.split("\n")[1:3]
-        print(f"{description!r} {question.removesuffix('<|im_end|>')!r} -> {complete(model, tokenizer, prompt)!r}"
+        question, description = prompt.split("\n")[1:3]
+        print(f"{question!r} {description.removesuffix('<|im_end|>')!r} -> {complete(model, tokenizer, prompt)!r}"
               f"  (true: {answer!r})")
 
 
