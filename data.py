@@ -81,7 +81,8 @@ def read_audio(source, max_seconds: float | None = None, name: str | None = None
         with sf.SoundFile(io.BytesIO(source)) as f:
             rate, frames, seconds = f.samplerate, f.frames, f.frames / f.samplerate
             if max_seconds is not None and seconds > max_seconds + 1e-3:
-                raise AudioError(f"{name}: {seconds:.1f} s, longer than --max-seconds {max_seconds:g}; cut it or raise the limit")
+                raise AudioError(f"{name}: {seconds:.1f} s, longer than --max-seconds {max_seconds:g}; cut it or raise "
+                                 "the limit")
             samples = f.read(dtype="float32", always_2d=True)
             cut = len(samples) < frames or _is_cut(source, f.extra_info)
     except (sf.LibsndfileError, RuntimeError, OSError, MemoryError) as e:
@@ -204,7 +205,8 @@ class Rows:
         if not isinstance(seconds, (int, float)) or not 0 <= seconds < math.inf:
             return self._problem(where, f"seconds is {seconds!r}; need a number")
         if self._max_seconds is not None and seconds > self._max_seconds + 1e-3:
-            return self._problem(where, f"{seconds:g} s, longer than --max-seconds {self._max_seconds:g}; cut it or raise the limit")
+            return self._problem(where, f"{seconds:g} s, longer than --max-seconds {self._max_seconds:g}; cut it or raise "
+                                        "the limit")
         numbers = (names.setdefault(name, len(names)) for names, name in zip(self._numbers, (task, split)))
         return seconds, *numbers
 
@@ -559,7 +561,8 @@ def main():
         mine = rows.task == t
         splits = Counter(rows.splits[s] for s in rows.split[mine].tolist())
         seconds = rows.seconds[mine]
-        print(f"{task or '(none)':20s} {mine.sum():9d} {seconds.sum(dtype=float) / 3600:8.2f} {seconds.max():7.1f}s  {dict(splits)}")
+        hours = seconds.sum(dtype=float) / 3600
+        print(f"{task or '(none)':20s} {mine.sum():9d} {hours:8.2f} {seconds.max():7.1f}s  {dict(splits)}")
     if args.decode:
         bad = 0
         for i in range(len(rows)):

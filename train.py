@@ -50,14 +50,15 @@ class Settings:
     max_seconds: float = flag(30.0, "longest clip")
     batch_seconds: float = flag(200.0, "audio seconds in a batch, padding counted")
     accumulate: int = flag(1, "batches per update and rank")
+    # assumption: the paper does not say how it mixes tasks
     temperature: float = flag(2.0, "a task of n rows weighs n ** (1 / temperature)")
     task_weights: tuple[str, ...] = flag((), "explicit mixture instead, as TASK=WEIGHT; other tasks are left out", nargs="+")
     workers: int = flag(4, "processes per rank that read audio; the stream is the same for any number")
-    # model
+    # model; assumption: the paper names no sizes
     encoder: str = flag("", "Whisper folder to start from")
     decoder: str = flag("", "Qwen folder, frozen")
     stack: int = flag(4, "encoder tokens of 20 ms that the adapter joins into one audio token")
-    # optimisation; assumption: the paper gives none of these values
+    # optimisation; assumption: the paper gives none of these values, and not what the loss is a mean over
     steps: int = flag(10_000, "updates")
     lr_encoder: float = flag(1e-4, "encoder's peak learning rate")
     lr_adapter: float = flag(5e-4, "adapter's peak learning rate")
@@ -122,7 +123,8 @@ def parse(argv=None) -> Settings:
     device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device is cuda, but there is no GPU that torch can use")
-    fast_bf16 = torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    fast_bf16 = (torch.cuda.is_bf16_supported(including_emulation=False) if device == "cuda"
+                 else torch.cpu._is_avx512_bf16_supported())
     return dataclasses.replace(
         s, device=device, precision=s.precision or ("bf16" if fast_bf16 else "fp32"), out=os.path.abspath(s.out),
         encoder=os.path.abspath(s.encoder), decoder=os.path.abspath(s.decoder))
@@ -315,8 +317,8 @@ class Log:
             self.audio += batch.samples.sum().item() / 16_000
         read, bad = self.seen.sum(0).tolist()
         if bad > max(10, 0.01 * (read + bad)):
-            raise ValueError(f"{bad:.0f} of {read + bad:.0f} clips could not be read, over 1 %; they are named above: repair them "
-                             "or take them out")
+            raise ValueError(f"{bad:.0f} of {read + bad:.0f} clips could not be read, over 1 %; they are named above: "
+                             "repair them or take them out")
 
     def write(self, step: int, **values) -> None:
         if self.ranks.rank == 0:
@@ -327,8 +329,8 @@ class Log:
     def line(self, step: int, optimizer, norm: float) -> None:
         """The dense line of an interval, on the console and as JSON."""
         sums = self.ranks.sum(self.sums.clone()).tolist()
-        total = self.ranks.sum(torch.cat((torch.tensor([self.audio], dtype=torch.float64), self.seen[:, 1])).to(self.ranks.device))
-        audio, *skipped = total.tolist()
+        counts = torch.cat((torch.tensor([self.audio], dtype=torch.float64), self.seen[:, 1]))
+        audio, *skipped = self.ranks.sum(counts.to(self.ranks.device)).tolist()
         now = time.perf_counter()
         per_task = {t: loss / n for t, (loss, n) in zip(self.tasks, sums) if n}
         rates = {"encoder": optimizer.param_groups[0]["lr"], "adapter": optimizer.param_groups[2]["lr"]}
@@ -408,7 +410,8 @@ def report(t: "Trainer") -> dict[str, float]:
         plain = lambda text: " ".join(text.casefold().strip(" .!?\"'").split())
         right = sum(plain(a["truth"]) == plain(a["answer"]) for a in answers)
         for a in answers:
-            ranks.say(f"    {a['task']:14s} {a['instruction'][:40]:40s}  truth: {a['truth'][:50]:30s}  answer: {a['answer'][:60]!r}")
+            ranks.say(f"    {a['task']:14s} {a['instruction'][:40]:40s}  truth: {a['truth'][:50]:30s}  "
+                      f"answer: {a['answer'][:60]!r}")
         ranks.say(f"{place}  held-out answers right: {right} of {len(answers)}")
         t.log.write(t.step, answers=answers, right=right)
     return losses
@@ -496,7 +499,8 @@ class Trainer:
         self.s, self.ranks, checkpoint = s, start_ranks(s), newest_checkpoint(s.out)
         found = self.ranks.gather(checkpoint and checkpoint.name)
         if self.ranks.rank == 0 and len(set(found)) > 1:
-            raise ValueError(f"{s.out}: the ranks find different checkpoints, {found}; --out must be a folder that all machines share")
+            raise ValueError(f"{s.out}: the ranks find different checkpoints, {found}; --out must be a folder that all "
+                             "machines share")
         if checkpoint and not s.resume:
             raise ValueError(f"{s.out} holds a run already: add --resume to go on with it, or choose another --out")
         if s.resume and not checkpoint:
@@ -606,7 +610,8 @@ def complain(t: Trainer, batches, parts, norm: float) -> None:
         print(f"step {t.step}: gradient norm is {norm}, update left out; rows: {', '.join(names)}", file=sys.stderr, flush=True)
         t.log.write(t.step, non_finite=str(norm), rows=names)
     if t.bad >= BAD_STEPS_IN_A_ROW * (5 if t.s.precision == "fp16" else 1):
-        raise ArithmeticError(f"{t.bad} updates in a row were not finite; lower the learning rates or look at the rows named above")
+        raise ArithmeticError(f"{t.bad} updates in a row were not finite; lower the learning rates or look at the rows "
+                              "named above")
 
 
 def main():

@@ -219,8 +219,9 @@ class WhisperEncoder(nn.Module):
                              "num_mel_bins", "max_source_positions")
         if config.get("activation_function", "gelu") != "gelu":
             raise ValueError(f"{folder}/config.json: activation_function is {config['activation_function']!r}; need 'gelu'")
-        if config["d_model"] % config["encoder_attention_heads"]:
-            raise ValueError(f"{folder}/config.json: {config['encoder_attention_heads']} heads do not divide d_model {config['d_model']}")
+        width, heads = config["d_model"], config["encoder_attention_heads"]
+        if width % heads:
+            raise ValueError(f"{folder}/config.json: {heads} heads do not divide d_model {width}")
         with torch.device("meta"):
             encoder = cls(config)
         tensors = {}
@@ -263,6 +264,7 @@ class WhisperEncoder(nn.Module):
         """audio (B, S), zero beyond samples (B,) -> features (B, T, D), zero beyond lengths (B,) tokens on the CPU.
 
         Each clip is encoded at its own length; over 30 s in windows of 30 s, their tokens joined.
+        # assumption: the paper does not say whether it pads to 30 s, as Whisper does.
         """
         samples = samples.cpu()
         lengths = encoder_lengths(samples)  # (B,)
@@ -497,7 +499,8 @@ class QwenDecoder(nn.Module):
         a resumed run, which computes them in other company, would not repeat the bits.)
         """
         number = {p: i for i, p in enumerate(dict.fromkeys(map(tuple, prompts)))}
-        ids = nn.utils.rnn.pad_sequence(list(map(torch.tensor, number)), batch_first=True).to(self.embed_tokens.weight.device, non_blocking=True)
+        ids = nn.utils.rnn.pad_sequence(list(map(torch.tensor, number)), batch_first=True)
+        ids = ids.to(self.embed_tokens.weight.device, non_blocking=True)
         cache, places = self.new_cache(len(number), length), torch.arange(ids.shape[1], device=ids.device)
         self(self.embed(ids), cache=cache, positions=places.expand(ids.shape))
         row = torch.tensor([number[tuple(p)] for p in prompts]).to(ids.device, non_blocking=True)
@@ -596,11 +599,12 @@ class UniWhisper(nn.Module):
         """Pretrained encoder and decoder (in `dtype`) with a new adapter that speaks at the scale of the decoder's tokens."""
         encoder, tokenizer = WhisperEncoder.from_pretrained(encoder), ChatTokenizer.from_pretrained(decoder)
         folder, decoder = decoder, QwenDecoder.from_pretrained(decoder, dtype)
-        top = max(tokenizer.tokenizer.get_vocab().values())
-        if top >= decoder.config["vocab_size"]:
-            raise ValueError(f"{folder}: tokenizer.json has id {top}, config.json a vocabulary of {decoder.config['vocab_size']}")
+        top, size = max(tokenizer.tokenizer.get_vocab().values()), decoder.config["vocab_size"]
+        if top >= size:
+            raise ValueError(f"{folder}: tokenizer.json has id {top}, config.json a vocabulary of {size}")
         rms = decoder.embed_tokens.weight.float().square().mean().sqrt().item()
-        return cls(encoder, StackAdapter(encoder.width, decoder.config["hidden_size"], stack, output_rms=rms), decoder, tokenizer)
+        adapter = StackAdapter(encoder.width, decoder.config["hidden_size"], stack, output_rms=rms)
+        return cls(encoder, adapter, decoder, tokenizer)
 
     def encode(self, audio: torch.Tensor, samples: torch.Tensor):
         """audio (B, S), samples (B,) -> (features (B, T, D), lengths (B,)): see WhisperEncoder.encode."""
@@ -618,7 +622,8 @@ class UniWhisper(nn.Module):
         # Flat indices, made on the CPU, where all lengths are known: nothing waits for the device.
         source = torch.cat([torch.arange(n) + b * a for b, n in enumerate(lengths)])
         target = torch.cat([torch.arange(n) + b * l + len(p) for b, (n, p) in enumerate(zip(lengths, prompts))])
-        predict = torch.cat([torch.arange(len(row) - len(y), len(row)) + b * l for b, (row, y) in enumerate(zip(rows, answers))])
+        predict = torch.cat([torch.arange(len(row) - len(y), len(row)) + b * l
+                             for b, (row, y) in enumerate(zip(rows, answers))])
         ids, source, target, predict = (t.to(audio.device, non_blocking=True) for t in (ids, source, target, predict))
         embeds = self.decoder.embed(ids)
         spoken = tokens.flatten(0, 1).index_select(0, source).to(embeds.dtype)
