@@ -91,7 +91,7 @@ def features(folder, rows: Rows) -> np.ndarray:
         groups.setdefault(-(-len(audio) // (2 * RATE)), []).append((i, audio.numpy()))
     for blocks, clips in sorted(groups.items()):
         tokens = blocks * 2 * RATE // TOKEN
-        encoder.embed_positions.weight.data, encoder.config.max_source_positions = table[:tokens], tokens
+        encoder.embed_positions, encoder.config.max_source_positions = torch.nn.Embedding.from_pretrained(table[:tokens]), tokens
         for n in range(0, len(clips), 16):
             part = clips[n : n + 16]
             mel = extractor([a for _, a in part], sampling_rate=RATE, return_tensors="pt", padding="max_length",
