@@ -64,6 +64,8 @@ def test_decoder_has_learnt_prose(decoder):
     ("rain once rain coming closer once", "How does the source move?", "coming closer"),
     ("violin, falling, violin, C", "Name the instrument.", "violin"),
     ("rising, piano, G, piano, rising", "Describe the melody.", "rising"),
+    pytest.param("violin, falling, violin, C", "Describe the melody.", "falling",
+                 marks=pytest.mark.xfail(reason="says that it cannot tell", strict=True)),
     ("The door is green. A cow calls.", "Which animal is heard?", "cow"),
 ])
 def test_decoder_answers_from_the_description(decoder, description, question, answer):
