@@ -167,6 +167,19 @@ def _run_layer(module, layer, *args, **more):
     return layer(*args, **more)
 
 
+def attend(q, k, v, attn_mask=None, is_causal: bool = False):
+    """Attention (B, H, L, D / H). Short rows that train in half precision on a CPU: by plain products, scores in float32
+    as in the fused kernel, whose backward takes three to five times as long there."""
+    if not (q.device.type == "cpu" and q.dtype != torch.float32 and q.requires_grad and max(q.shape[2], k.shape[2]) <= 256):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal)
+    scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().mT  # (B, H, L, L)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, -math.inf)
+    return scores.softmax(-1).to(v.dtype) @ v
+
+
 # ---------------------------------------------------------------- Whisper's encoder
 
 class WhisperAttention(nn.Module):
@@ -178,7 +191,7 @@ class WhisperAttention(nn.Module):
 
     def forward(self, x, mask):
         q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, H, T, D / H)
+        y = attend(q, k, v, mask)  # (B, H, T, D / H)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -350,7 +363,7 @@ class QwenAttention(nn.Module):
         if self.groups > 1:
             k, v = k.repeat_interleave(self.groups, 2), v.repeat_interleave(self.groups, 2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        y = attend(q, k, v, mask, is_causal=mask is None)
         y = y.transpose(1, 2).flatten(2)  # (B, L, D)
         return self.o_proj(y if pack is None else out.pack(y))
 
@@ -584,10 +597,35 @@ class ChatTokenizer:
         return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
+class AnswerLoss(torch.autograd.Function):
+    """Cross entropy through a frozen lm_head: hidden (N, D), weight (V, D), next tokens (N,) -> loss of each (N,), float32.
+
+    The gradient of the hidden states is made at once, while a piece's (n, V) logits are at hand: these are neither kept
+    for backward nor computed again.
+    """
+
+    LOGITS_AT_ONCE = 1024  # positions whose logits are held at the same time
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels):
+        losses, slopes = [], []
+        for h, y in zip(hidden.split(AnswerLoss.LOGITS_AT_ONCE), labels.split(AnswerLoss.LOGITS_AT_ONCE)):
+            logits = F.linear(h, weight).float()  # (n, V)
+            total, y = logits.logsumexp(1, keepdim=True), y[:, None]
+            losses.append((total - logits.gather(1, y))[:, 0])
+            if ctx.needs_input_grad[0]:  # softmax - truth
+                share = logits.sub_(total).exp_().scatter_add_(1, y, logits.new_full(y.shape, -1.0))
+                slopes.append(share.to(h.dtype) @ weight)
+        ctx.save_for_backward(torch.cat(slopes) if slopes else None)
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return (grad[:, None] * ctx.saved_tensors[0]).to(ctx.saved_tensors[0].dtype), None, None
+
+
 class UniWhisper(nn.Module):
     """Encoder and adapter, trained through a frozen decoder by next-token loss on the answers alone (paper, section 2)."""
-
-    LOGITS_AT_ONCE = 1024  # answer positions whose (n, V) logits are held at the same time
 
     def __init__(self, encoder: WhisperEncoder, adapter: StackAdapter, decoder: QwenDecoder, tokenizer: ChatTokenizer):
         super().__init__()
@@ -630,14 +668,6 @@ class UniWhisper(nn.Module):
         embeds = embeds.flatten(0, 1).index_copy(0, target, spoken).view(embeds.shape)
         return embeds, torch.tensor([len(row) for row in rows]), predict
 
-    def _answer_losses(self, hidden, labels):
-        """Hidden states (N, D) and next tokens (N,) -> loss of each (N,), float32."""
-        losses = lambda h, y: F.cross_entropy(self.decoder.lm_head(h).float(), y, reduction="none")
-        if len(labels) <= self.LOGITS_AT_ONCE:
-            return losses(hidden, labels)
-        pieces = zip(hidden.split(self.LOGITS_AT_ONCE), labels.split(self.LOGITS_AT_ONCE))
-        return torch.cat([checkpoint(losses, h, y, use_reentrant=False) for h, y in pieces])
-
     def forward(self, batch, per_row: bool = False):
         """batch (audio (B, S), samples (B,), prompts and answers as ids) -> (loss_sum, answer_tokens).
 
@@ -648,7 +678,7 @@ class UniWhisper(nn.Module):
         hidden = self.decoder(embeds, lengths, batch.prompts, predict)  # (answer tokens, D)
         labels = torch.tensor([i for y in batch.answers for i in y]).to(hidden.device, non_blocking=True)
         with torch.autocast(hidden.device.type, enabled=False):
-            losses = self._answer_losses(hidden, labels)
+            losses = AnswerLoss.apply(hidden, self.decoder.lm_head.weight, labels)
         tokens = torch.tensor([len(y) for y in batch.answers])
         if not per_row:
             return losses.sum(), int(tokens.sum())

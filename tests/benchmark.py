@@ -379,7 +379,7 @@ def run_steps(a, side: str, batches: list[Batch]) -> tuple[list[float], int, flo
     """Seconds of each update, peak bytes, and the device's peak FLOP/s, of one side. For a process of its own."""
     s = settings(a)
     if side == "ours":
-        ranks = train.Ranks(0, 1, torch.device(a.device))
+        ranks = train.start_ranks(s)
         model = train.build_model(s, ranks, None)
         optimizer, scaler = train.build_optimizer(s, model), torch.amp.GradScaler(a.device, enabled=False)
         run = train.wrap(s, model, ranks, 0)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import uniwhisper
 from conftest import RATE, VOCABULARY, assert_one_line, make_qwen, make_tokenizer, noise, tone, write_clip
-from uniwhisper import (ChatTokenizer, QwenDecoder, UniWhisper, WhisperEncoder, encoder_lengths, load_run,
+from uniwhisper import (AnswerLoss, ChatTokenizer, QwenDecoder, UniWhisper, WhisperEncoder, attend, encoder_lengths, load_run,
                         log_mel_spectrogram, newest_checkpoint, save_encoder)
 
 WINDOW = 30 * RATE
@@ -328,17 +328,42 @@ def test_loss_of_many_answer_tokens_is_the_same_in_pieces(model, monkeypatch):
     batch = batch_of(model)
     loss = model(batch)[0]
     gradient = torch.autograd.grad(loss, model.adapter.fc2.weight)[0]
-    monkeypatch.setattr(UniWhisper, "LOGITS_AT_ONCE", 5)
+    monkeypatch.setattr(AnswerLoss, "LOGITS_AT_ONCE", 5)
     pieces = model(batch)[0]
     assert_close(pieces, loss, 1e-6)
     assert_close(torch.autograd.grad(pieces, model.adapter.fc2.weight)[0], gradient, 1e-5)
 
 
+def test_loss_and_its_gradient_are_cross_entropys():
+    hidden, weight = torch.randn(7, 6, requires_grad=True), torch.randn(11, 6)
+    labels, scale = torch.randint(11, (7,)), torch.rand(7)  # every row's gradient is scaled by its own number
+    ours, theirs = AnswerLoss.apply(hidden, weight, labels), F.cross_entropy(hidden @ weight.T, labels, reduction="none")
+    assert_close(ours, theirs, 1e-6)
+    slopes = [torch.autograd.grad((x * scale).sum(), hidden)[0] for x in (ours, theirs)]
+    assert_close(*slopes, 1e-5)
+    with torch.no_grad():
+        assert_close(AnswerLoss.apply(hidden, weight, labels), theirs, 1e-6)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_in_half_precision_is_the_fused_kernels(causal):
+    q, k, v, slope = (torch.randn(3, 2, 40, 16) for _ in range(4))
+    mask = None if causal else (torch.arange(40) < torch.tensor([40, 7, 23])[:, None])[:, None, None]
+    results = []
+    for dtype in (torch.bfloat16, torch.float64):
+        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
+        y = (attend if dtype == torch.bfloat16 else F.scaled_dot_product_attention)(*inputs, attn_mask=mask, is_causal=causal)
+        results.append([y, *torch.autograd.grad(y, inputs, slope.to(dtype))])
+    for ours, exact in zip(*results):
+        assert_close(ours.double(), exact, 0.02)
+
+
 def test_head_sees_exactly_the_positions_that_predict_the_answers(model, qwen, monkeypatch):
     seen, batch = [], batch_of(model)
-    monkeypatch.setattr(model, "_answer_losses", lambda *both: seen.extend(both) or both[0].sum(1))
+    monkeypatch.setattr(AnswerLoss, "apply", lambda *three: seen.extend(three) or three[0].sum(1))
     model(batch)
-    hidden, labels = seen
+    hidden, weight, labels = seen
+    assert weight is model.decoder.lm_head.weight
     assert labels.tolist() == sum(batch.answers, [])
     expected = []
     for embeds, answer in zip(chats(model, qwen[1], batch), batch.answers):
