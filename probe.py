@@ -556,7 +556,7 @@ def fingerprint(encoder: WhisperEncoder) -> str:
     for name, tensor in sorted(encoder.state_dict().items()):
         h.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         h.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    for code in (uniwhisper.WhisperAttention, uniwhisper.WhisperLayer, WhisperEncoder, uniwhisper.mel_filters.__wrapped__,
+    for code in (uniwhisper.attend, uniwhisper.WhisperAttention, uniwhisper.WhisperLayer, WhisperEncoder, uniwhisper.mel_filters.__wrapped__,
                  uniwhisper.log_mel_spectrogram, encoder_lengths, data.read_audio, data.resample,
                  data._sinc_kernel.__wrapped__, _decoded, _encode, extract):
         h.update(inspect.getsource(code).encode())
@@ -639,9 +639,14 @@ def cached_features(encoder, mark: str, task: Task, s, say):
         except SafetensorError as e:
             say(f"note: {path} is damaged ({e}): encoding again")
     x, clip, failed = extract(encoder, task, s, say)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"x": x, "clip": clip}, f"{path}.{os.getpid()}", {"failed": json.dumps(failed)})
-    os.replace(f"{path}.{os.getpid()}", path)
+    new = Path(f"{path}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"x": x, "clip": clip}, new, {"failed": json.dumps(failed)})
+        new.replace(path)
+    except (OSError, SafetensorError) as e:  # no reason to lose hours of work
+        new.unlink(missing_ok=True)
+        say(f"note: {path}: features are not kept: {e}")
     return x, clip, failed
 
 

@@ -163,12 +163,11 @@ def keep_freed_memory() -> None:
     by page, takes a tenth of a step on a CPU."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
     if mallopt:
-        mallopt(-1, 2**30)  # M_TRIM_THRESHOLD: free memory at the heap's end that is kept
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: keep all
         mallopt(-4, 0)  # M_MMAP_MAX: no block outside the heap
 
 
 def start_ranks(s: Settings) -> Ranks:
-    keep_freed_memory()
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if s.device == "cuda" else torch.device(s.device)
     if s.threads:
@@ -284,7 +283,8 @@ def load_state(s: Settings, checkpoint: Path, ranks: Ranks, rows: Rows) -> dict:
     except Exception as e:  # torch.load has many classes of errors for a damaged file
         raise ValueError(f"{checkpoint}/trainer.pt is damaged ({str(e).splitlines()[0]}); remove {checkpoint} to resume from "
                          "the one before") from None
-    then, now = state["settings"], fixed_settings(s, ranks, rows)
+    # A setting that is newer than the checkpoint had its default then.
+    then, now = dataclasses.asdict(Settings()) | state["settings"], fixed_settings(s, ranks, rows)
     differ = [f"{k} was {then.get(k)!r}, is {v!r}" for k, v in now.items() if then.get(k) != v]
     if differ:
         raise ValueError(f"--resume of {checkpoint} with other settings: {'; '.join(differ)}; use the same, or another --out")
@@ -559,6 +559,8 @@ def train(s: Settings) -> None:
         t.before = report(t)
         if s.probe_data:
             probe(t)
+    if s.device == "cpu":
+        keep_freed_memory()
     run = wrap(s, t.model, ranks, t.step)
     stream = iter(loader(t.batches, t.sampler, s.workers, ranks.device.type == "cuda"))
     log.start = log.mark = time.perf_counter()

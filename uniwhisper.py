@@ -170,14 +170,15 @@ def _run_layer(module, layer, *args, **more):
 def attend(q, k, v, attn_mask=None, is_causal: bool = False):
     """Attention (B, H, L, D / H). Short rows that train in half precision on a CPU: by plain products, scores in float32
     as in the fused kernel, whose backward takes three to five times as long there."""
-    if not (q.device.type == "cpu" and q.dtype != torch.float32 and q.requires_grad and max(q.shape[2], k.shape[2]) <= 256):
+    if not (q.device.type == "cpu" and q.dtype != torch.float32 and q.requires_grad and k.shape[2] <= 256):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal)
-    scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().mT  # (B, H, L, L)
-    if is_causal:
-        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
-    if attn_mask is not None:
-        scores = scores.masked_fill(~attn_mask, -math.inf)
-    return scores.softmax(-1).to(v.dtype) @ v
+    with torch.autocast("cpu", enabled=False):  # it would round the scores
+        scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().mT  # (B, H, L, L)
+        if is_causal:
+            attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+        if attn_mask is not None:
+            scores = scores.masked_fill_(~attn_mask, -math.inf)
+        return scores.softmax(-1).to(v.dtype) @ v
 
 
 # ---------------------------------------------------------------- Whisper's encoder
@@ -605,6 +606,7 @@ class AnswerLoss(torch.autograd.Function):
     """
 
     LOGITS_AT_ONCE = 1024  # positions whose logits are held at the same time
+    SCALE = 1024  # fp16 would round small slopes to zero before the loss scale reaches them
 
     @staticmethod
     def forward(ctx, hidden, weight, labels):
@@ -615,13 +617,15 @@ class AnswerLoss(torch.autograd.Function):
             losses.append((total - logits.gather(1, y))[:, 0])
             if ctx.needs_input_grad[0]:  # softmax - truth
                 share = logits.sub_(total).exp_().scatter_add_(1, y, logits.new_full(y.shape, -1.0))
-                slopes.append(share.to(h.dtype) @ weight)
+                slopes.append(share.mul_(AnswerLoss.SCALE).to(h.dtype) @ weight)
         ctx.save_for_backward(torch.cat(slopes) if slopes else None)
         return torch.cat(losses)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return (grad[:, None] * ctx.saved_tensors[0]).to(ctx.saved_tensors[0].dtype), None, None
+        slopes, = ctx.saved_tensors
+        return (grad[:, None] / AnswerLoss.SCALE * slopes).to(slopes.dtype), None, None
 
 
 class UniWhisper(nn.Module):

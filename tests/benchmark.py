@@ -378,8 +378,10 @@ def encoder(a):
 def run_steps(a, side: str, batches: list[Batch]) -> tuple[list[float], int, float]:
     """Seconds of each update, peak bytes, and the device's peak FLOP/s, of one side. For a process of its own."""
     s = settings(a)
+    if a.device == "cpu":
+        train.keep_freed_memory()  # the peer, too, gains by it
     if side == "ours":
-        ranks = train.start_ranks(s)
+        ranks = train.Ranks(0, 1, torch.device(a.device))
         model = train.build_model(s, ranks, None)
         optimizer, scaler = train.build_optimizer(s, model), torch.amp.GradScaler(a.device, enabled=False)
         run = train.wrap(s, model, ranks, 0)
