@@ -645,7 +645,8 @@ def cached_features(encoder, mark: str, task: Task, s, say):
         save_file({"x": x, "clip": clip}, new, {"failed": json.dumps(failed)})
         new.replace(path)
     except (OSError, SafetensorError) as e:  # no reason to lose hours of work
-        new.unlink(missing_ok=True)
+        if new.is_file():
+            new.unlink()
         say(f"note: {path}: features are not kept: {e}")
     return x, clip, failed
 

@@ -582,17 +582,7 @@ def train(s: Settings) -> None:
             complain(t, batches, parts, norm)
         if t.step % s.log_every == 0 or t.step == s.steps:
             log.line(t.step, t.optimizer, norm)
-        began = time.perf_counter()
-        if t.step % s.eval_every == 0 or t.step == s.steps:
-            report(t)
-        if s.probe_data and t.step % s.probe_every == 0:
-            probe(t)
-        # The checkpoint comes last: a run killed before it does this step's reports again, one killed after it has them all.
-        if t.step % s.save_every == 0 or t.step == s.steps:
-            state = t.state()
-            if ranks.rank == 0:
-                save_checkpoint(s, t.model, state, t.step)
-        log.mark += time.perf_counter() - began  # reports do not count as training
+        report_and_save(t)
     if ranks.rank == 0:
         save_encoder(t.model.encoder, Path(s.out) / "encoder", s.encoder)
         ranks.say(f"{s.out}/encoder: the trained encoder, a Hugging Face Whisper folder")
@@ -601,6 +591,21 @@ def train(s: Settings) -> None:
         # and waits for them, and to free a tensor they need that lock.
         dist.barrier()
         dist.destroy_process_group()
+
+
+def report_and_save(t: Trainer) -> None:
+    """What is due after this step."""
+    s, began = t.s, time.perf_counter()
+    if t.step % s.eval_every == 0 or t.step == s.steps:
+        report(t)
+    if s.probe_data and t.step % s.probe_every == 0:
+        probe(t)
+    # The checkpoint comes last: a run killed before it does this step's reports again, one killed after it has them all.
+    if t.step % s.save_every == 0 or t.step == s.steps:
+        state = t.state()
+        if t.ranks.rank == 0:
+            save_checkpoint(s, t.model, state, t.step)
+    t.log.mark += time.perf_counter() - began  # reports do not count as training
 
 
 def introduce(t: Trainer) -> None:

@@ -450,6 +450,14 @@ def test_cache_knows_weights_clips_and_settings(tmp_path, folder):
     assert len(features()) == 11
 
 
+def test_a_cache_that_cannot_be_written_loses_no_features(tmp_path, folder):
+    (task,) = probe.manifest_tasks(Rows(write_manifest(tmp_path, "notes", note_rows(12))))
+    encoder, said = uniwhisper.WhisperEncoder.from_pretrained(folder).eval(), []
+    (tmp_path / "file").write_text("")
+    x, clip, failed = probe.cached_features(encoder, "mark", task, settings(tmp_path, cache=str(tmp_path / "file")), said.append)
+    assert len(x) == len(clip) == 12 and "features are not kept" in said[-1]
+
+
 # ---------------------------------------------------------------- the command line
 
 def test_command_line(tmp_path, folder, capsys):

@@ -454,6 +454,11 @@ def test_resume_wants_the_same_settings(undisturbed, world, tmp_path, capsys):
     fewer = write_manifest(world.folder / "fewer.jsonl", world.rows[1:])
     assert "rows was 60, is 59" in error(capsys, *options(world, out, resume=True, data=fewer))
     trainer = step_folder(out, STEPS) / "trainer.pt"
+    state = torch.load(trainer)
+    del state["settings"]["loss"]  # a checkpoint from before there was this setting: it had the default
+    torch.save(state, trainer)
+    assert "loss was 'token', is 'example'" in error(capsys, *options(world, out, resume=True, loss="example"))
+    succeed(Run(options(world, out, resume=True)))
     os.truncate(trainer, 1000)
     assert f"{trainer} is damaged" in error(capsys, *options(world, out, resume=True))
 
