@@ -6,11 +6,11 @@ weights=$1 suite=$2 out=$3 seed=${4:-0}
 here=$(dirname "$0")/..
 classes=$(printf "$suite/%s.jsonl " language speaker_count voice command instrument pitch drum game_sound)
 
-[ -f "$out/encoder/config.json" ] || GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python "$here/train.py" --resume --seed "$seed" \
+[ -f "$out/encoder/config.json" ] || python "$here/train.py" --resume --seed "$seed" \
     --data "$suite"/*.jsonl --out "$out" --encoder "$weights/whisper-base" --decoder "$weights/qwen2.5-0.5b" --stack 8 \
-    --steps 1200 --batch-seconds 32 --loss example --spec-augment --lr-encoder 2e-4 --lr-adapter 1e-3 --freeze-encoder 40 \
-    --warmup 60 --eval-every 400 --eval-clips 24 --save-every 100 --workers 1 --task-weights pitch=2 instrument=1.5 \
-    game_sound=1.5 drum=1 voice=1.5 speaker_count=1.5 language=1 command=0.5 transcribe=1.5
+    --steps 1100 --batch-seconds 32 --loss example --lr-encoder 1.5e-4 --lr-adapter 1e-3 --freeze-encoder 40 --warmup 40 \
+    --eval-every 1100 --eval-clips 24 --save-every 100 --workers 1 --task-weights pitch=2 instrument=1 game_sound=1 drum=1 \
+    voice=1 speaker_count=1 language=1 command=1 transcribe=1
 
 encoders=("$weights/whisper-base" "$out/encoder")
 python "$here/probe.py" --encoder "${encoders[@]}" --data $classes --json "$out/probe.json"
