@@ -556,9 +556,9 @@ def fingerprint(encoder: WhisperEncoder) -> str:
     for name, tensor in sorted(encoder.state_dict().items()):
         h.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         h.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    for code in (uniwhisper.attend, uniwhisper.WhisperAttention, uniwhisper.WhisperLayer, WhisperEncoder, uniwhisper.mel_filters.__wrapped__,
-                 uniwhisper.log_mel_spectrogram, encoder_lengths, data.read_audio, data.resample,
-                 data._sinc_kernel.__wrapped__, _decoded, _encode, extract):
+    u = uniwhisper
+    for code in (u.attend, u.WhisperAttention, u.WhisperLayer, WhisperEncoder, u.mel_filters.__wrapped__, u.log_mel_spectrogram,
+                 encoder_lengths, data.read_audio, data.resample, data._sinc_kernel.__wrapped__, _decoded, _encode, extract):
         h.update(inspect.getsource(code).encode())
     return h.hexdigest()
 
