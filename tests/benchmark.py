@@ -258,9 +258,9 @@ class Peer(nn.Module):
 
     def embed(self, audio, prompts, answers, side):
         """Chats spliced with the audio, padded on `side`: (embeds, mask)."""
-        texts = [self.tokenizer.tail + y for y in answers]
+        texts, features = [self.tokenizer.tail + y for y in answers], self.features(audio)  # which autocast would break
         with self.amp:
-            spoken = self.projector(self.encode(self.features(audio)))  # (B, 375, D)
+            spoken = self.projector(self.encode(features))  # (B, 375, D)
         table = self.decoder.get_input_embeddings()
         ids = lambda t: table(torch.tensor(t, device=self.device))
         rows = [torch.cat((ids(p), x.to(table.weight.dtype), ids(t))) for p, x, t in zip(prompts, spoken, texts)]

@@ -13,6 +13,11 @@ classes=$(printf "$suite/%s.jsonl " language speaker_count voice command instrum
     voice=1 speaker_count=1 language=1 command=1 transcribe=1
 
 encoders=("$weights/whisper-base" "$out/encoder")
-python "$here/probe.py" --encoder "${encoders[@]}" --data $classes --json "$out/probe.json"
-python "$here/tests/outside.py" words --encoder "${encoders[@]}" --run "$out" --data "$suite/transcribe.jsonl" --json "$out/words.json"
+for share in 0.25 0.5 0.75; do
+    python "$here/uniwhisper.py" export --run "$out" "$out/blend-$share" --blend $share
+done
+python "$here/probe.py" --encoder "$weights/whisper-base" "$out"/blend-* "$out/encoder" --data $classes --precision bf16 \
+    --json "$out/probe.json"
+python "$here/tests/outside.py" words --encoder "${encoders[@]}" --run "$out" --data "$suite/transcribe.jsonl" --clips 100 \
+    --json "$out/words.json"
 python "$here/tests/outside.py" knn --encoder "${encoders[@]}" --data "$suite"/{drum,voice,game_sound}.jsonl --json "$out/neighbours.json"

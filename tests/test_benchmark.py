@@ -56,11 +56,13 @@ def test_decoder_flops_are_those_of_torchs_counter_with_half_the_attention(qwen)
     assert bench.decoder_flops(c, [length] * 2, 6, [2, 2]) == ours - square + needed
 
 
-def test_the_peer_computes_the_same_loss_on_30_s_clips(model, batch, flags):
+@pytest.mark.parametrize("precision, within", [("fp32", 1e-4), ("bf16", 0.02)])
+def test_the_peer_computes_the_same_loss_on_30_s_clips(model, batch, flags, precision, within):
+    flags.precision = precision
     peer = bench.Peer(flags)
     peer.projector.load_state_dict(model.adapter.state_dict())
     loss, tokens = model(batch)
-    torch.testing.assert_close(peer(list(batch.audio), batch.prompts, batch.answers), loss / tokens, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(peer(list(batch.audio), batch.prompts, batch.answers).float(), loss / tokens, rtol=within, atol=1e-5)
 
 
 def test_the_vocabulary_meets_answer_tokens_alone(batch, flags):
