@@ -238,7 +238,7 @@ class Peer(nn.Module):
         logging.set_verbosity_error()  # of a folder with an encoder alone, it misses the decoder
         logging.disable_progress_bar()
         super().__init__()
-        self.device, self.amp = a.device, train.autocast(settings(a))
+        self.device, self.amp = a.device, lambda: train.autocast(settings(a))  # anew each time: they nest
         self.encoder = WhisperModel.from_pretrained(a.encoder, dtype=torch.float32).encoder.to(a.device)
         self.extractor = WhisperFeatureExtractor(feature_size=self.encoder.config.num_mel_bins)
         if decoder:
@@ -253,13 +253,13 @@ class Peer(nn.Module):
         return self.extractor([x.numpy() for x in audio], sampling_rate=RATE, return_tensors="pt").input_features
 
     def encode(self, features):
-        with self.amp:
+        with self.amp():
             return self.encoder(features.to(self.device)).last_hidden_state
 
     def embed(self, audio, prompts, answers, side):
         """Chats spliced with the audio, padded on `side`: (embeds, mask)."""
         texts, features = [self.tokenizer.tail + y for y in answers], self.features(audio)  # which autocast would break
-        with self.amp:
+        with self.amp():
             spoken = self.projector(self.encode(features))  # (B, 375, D)
         table = self.decoder.get_input_embeddings()
         ids = lambda t: table(torch.tensor(t, device=self.device))
@@ -272,7 +272,7 @@ class Peer(nn.Module):
         labels = torch.full(mask.shape, IGNORE_INDEX)
         for line, n, y in zip(labels, mask.sum(1).tolist(), answers):
             line[n - len(y) : n] = torch.tensor(y)
-        with self.amp:
+        with self.amp():
             return self.decoder(inputs_embeds=embeds, attention_mask=mask, labels=labels.to(self.device)).loss
 
     def update(self, optimizer, batch: Batch, piece: int):
@@ -287,7 +287,7 @@ class Peer(nn.Module):
     @torch.no_grad()
     def generate(self, audio, prompts, count: int):
         embeds, mask = self.embed(audio, prompts, [[]] * len(prompts), "left")
-        with self.amp:
+        with self.amp():
             return self.decoder.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=count, do_sample=False)
 
 

@@ -62,7 +62,9 @@ def test_the_peer_computes_the_same_loss_on_30_s_clips(model, batch, flags, prec
     peer = bench.Peer(flags)
     peer.projector.load_state_dict(model.adapter.state_dict())
     loss, tokens = model(batch)
-    torch.testing.assert_close(peer(list(batch.audio), batch.prompts, batch.answers).float(), loss / tokens, rtol=within, atol=1e-5)
+    for _ in range(2):
+        found = peer(list(batch.audio), batch.prompts, batch.answers).float()
+        torch.testing.assert_close(found, loss / tokens, rtol=within, atol=1e-5)
 
 
 def test_the_vocabulary_meets_answer_tokens_alone(batch, flags):
