@@ -378,9 +378,9 @@ def encoder(a):
 def run_steps(a, side: str, batches: list[Batch]) -> tuple[list[float], int, float]:
     """Seconds of each update, peak bytes, and the device's peak FLOP/s, of one side. For a process of its own."""
     s = settings(a)
-    if a.device == "cpu":
-        train.keep_freed_memory()  # the peer, too, gains by it
     if side == "ours":
+        if a.device == "cpu":
+            train.keep_freed_memory()  # as train.py does; under it the peer's larger blocks leave holes, and it needs 24 GiB
         ranks = train.Ranks(0, 1, torch.device(a.device))
         model = train.build_model(s, ranks, None)
         optimizer, scaler = train.build_optimizer(s, model), torch.amp.GradScaler(a.device, enabled=False)
