@@ -168,9 +168,10 @@ def _run_layer(module, layer, *args, **more):
 
 
 def attend(q, k, v, attn_mask=None, is_causal: bool = False):
-    """Attention (B, H, L, D / H). Short rows that train in half precision on a CPU: by plain products, scores in float32
-    as in the fused kernel, whose backward takes three to five times as long there."""
-    if not (q.device.type == "cpu" and q.dtype != torch.float32 and q.requires_grad and k.shape[2] <= 256):
+    """Attention (B, H, L, D / H). While training in half precision on a CPU by plain products, scores in float32 as in the
+    fused kernel, as long as they fit into its cache: the fused backward takes up to five times as long there."""
+    few = q.shape[:3].numel() * k.shape[2] <= 2**22  # scores; 16 MiB
+    if not (few and q.device.type == "cpu" and q.dtype != torch.float32 and q.requires_grad):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal)
     with torch.autocast("cpu", enabled=False):  # it would round the scores
         scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().mT  # (B, H, L, L)

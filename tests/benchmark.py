@@ -405,6 +405,8 @@ def step(a):
     tail = len(uw.ChatTokenizer.from_pretrained(a.decoder).tail)
     thirty = [joined(batches, 30, max(1, round(a.batch_seconds / 30)))] * a.batches
     for name, some in (("suite's mix", batches), ("30 s clips", thirty)):
+        if not any(name.startswith(c) for c in a.clips):
+            continue
         sides = {"ours": [], "peer": []} if a.peer else {"ours": []}
         for i in range(a.repeats):
             for side, runs in sides.items():
@@ -565,6 +567,7 @@ def parse():
     p.add_argument("--batch-seconds", type=float, default=40.0, help="audio in a batch of ours, that is an update of both (40)")
     p.add_argument("--batches", type=int, default=3, help="batches, that is updates, in a measurement (3)")
     p.add_argument("--repeats", type=int, default=3, help="measurements, for the median (3)")
+    p.add_argument("--clips", nargs="+", choices=("suite", "30 s"), default=["suite", "30 s"], help="clips of `step` (both)")
     p.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (its own default)")
     p.add_argument("--rows", type=int, default=10_000_000, help="rows of the synthetic manifest (10 million)")
     p.add_argument("--new-tokens", type=int, default=32, help="tokens to generate (32)")
