@@ -161,7 +161,7 @@ class Ranks:
 def keep_freed_memory() -> None:
     """Have the C library use again what a step frees. By default it gives it back to the kernel, and fetching it anew, page
     by page, takes a tenth of a step on a CPU."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # glibc's
     if mallopt:
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: keep all
         mallopt(-4, 0)  # M_MMAP_MAX: no block outside the heap
