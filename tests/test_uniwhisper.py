@@ -345,6 +345,15 @@ def test_loss_and_its_gradient_are_cross_entropys():
         assert_close(AnswerLoss.apply(hidden, weight, labels), theirs, 1e-6)
 
 
+def test_fp16_keeps_the_gradient_of_a_token_that_is_all_but_learned():
+    weight, labels = torch.tensor([[0.05, 0.0], [-0.05, 0.02]]).half(), torch.tensor([0])
+    slopes = []
+    for dtype, loss_of in ((torch.float16, AnswerLoss.apply), (torch.float64, lambda h, w, y: F.cross_entropy(h @ w.T, y))):
+        hidden = torch.tensor([[125.0, 3.0]], dtype=dtype, requires_grad=True)  # 1 - p = 4e-6
+        slopes.append(torch.autograd.grad(loss_of(hidden, weight.to(dtype), labels).sum() * 2.0**16, hidden)[0])  # a loss scale
+    assert_close(slopes[0].double(), slopes[1], 0.02)
+
+
 @pytest.mark.parametrize("causal", [True, False])
 def test_attention_in_half_precision_is_the_fused_kernels(causal):
     q, k, v, slope = (torch.randn(3, 2, 40, 16) for _ in range(4))
