@@ -588,8 +588,9 @@ def train(s: Settings) -> None:
         ranks.say(f"{s.out}/encoder: the trained encoder, a Hugging Face Whisper folder")
     if ranks.world > 1:
         # Gloo's threads must have let go of the last gradients before their group is freed: freeing it holds Python's lock
-        # and waits for them, and to free a tensor they need that lock.
+        # and waits for them, and to free a tensor they need that lock. A barrier alone does not wait for both of its threads.
         dist.barrier()
+        time.sleep(1)
         dist.destroy_process_group()
 
 
