@@ -380,7 +380,7 @@ def run_steps(a, side: str, batches: list[Batch]) -> tuple[list[float], int, flo
     s = settings(a)
     if side == "ours":
         if a.device == "cpu":
-            train.keep_freed_memory()  # as train.py does; under it the peer's larger blocks leave holes, and it needs 24 GiB
+            train.keep_freed_memory()  # as train.py does; with it the peer, 8 clips at once, ran out of 24 GiB
         ranks = train.Ranks(0, 1, torch.device(a.device))
         model = train.build_model(s, ranks, None)
         optimizer, scaler = train.build_optimizer(s, model), torch.amp.GradScaler(a.device, enabled=False)
