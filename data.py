@@ -382,8 +382,8 @@ class Sampler:
             raise ValueError(f"weights name tasks that the data lacks: {sorted(unknown)}; it has {sorted(names)}")
         size = {t: len(m) for t, m in self.members.items()}
         weight = {t: (weights.get(rows.tasks[t], 0.0) if weights else n ** (1 / temperature)) for t, n in size.items()}
-        if min(weight.values()) < 0 or not any(weight.values()):
-            raise ValueError(f"task weights {weights}: none may be below 0, and one must be above")
+        if not all(0 <= w < math.inf for w in weight.values()) or not any(weight.values()):
+            raise ValueError(f"task weights {weights}: each must be a number of 0 or more, and one must be above")
         self.share = {t: w / sum(weight.values()) for t, w in weight.items() if w > 0}
         mean = sum(s * float(np.maximum(rows.seconds[self.members[t]], SHORTEST).mean()) for t, s in self.share.items())
         # Rounding can take one row from each task's share of a pool; no batch may end up without a row.

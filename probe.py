@@ -3,7 +3,7 @@
     python probe.py --encoder DIR [DIR ...] --data suite/*.jsonl [--hidden 0] [--json OUT.json] [--plot OUT.png]
     python probe.py --encoder DIR --xares ENV [--tasks esc50 desed ...]    # ENV/esc50/*.tar as X-ARES publishes them
 
-The features never change. The probe's epoch is chosen on valid; a test label is read once, for the score.
+The features never change. The probe's epoch is chosen on valid; nothing is chosen on test.
 
 Shapes: N feature vectors (one a clip or crop; in frame tasks one a token of 20 ms), D width, C classes, R probes.
 """
@@ -50,7 +50,7 @@ class Spec:
     splits: str = "train valid test"  # as the tars call them; '-': no valid tars
     folds: range = range(0)
     metric: str = "accuracy"
-    crop: float = 0.0  # seconds; a longer clip is cut into such pieces, each a sample of its own
+    crop: float = 0.0  # seconds; a longer clip is cut into such pieces, each a sample of its own; what is left over is dropped, as there
     epochs: int = 10
     batch: int = 32
     knn: bool = True
@@ -489,6 +489,8 @@ def check(task: Task, say) -> None:
     splits, classes, metric = {c.split for c in task.clips}, task.classes, task.spec.metric
     folds = {s for s in splits if isinstance(s, int)}
     several = task.frames or metric == "mAP"
+    if folds and METRICS[metric] is None:
+        raise ValueError(f"{task.name}: its splits are folds; {metric} needs train and test")
     members = lambda c: {v[2] if task.frames else v for v in c.label} if several else {c.label}
     for fold in sorted(folds) or ["test"] * bool(classes):
         taught = (c for c in task.clips if (c.split != fold if folds else c.split == "train"))
@@ -658,11 +660,12 @@ def score(task: Task, x, clip, s, encoder=None) -> dict:
     spec, x, plans = task.spec, x.to(s.device), rotations(task, clip)
     epochs, classes = s.epochs or spec.epochs, len(task.classes)
     out = {"domain": spec.domain, "metric": spec.metric, "classes": classes, "knn": None}
-    for part, rows in ((part, rows) for plan in plans for part, rows in zip(("neighbours", "train", "valid", "test"), plan)):
-        if not len(rows):
-            raise ValueError(f"{task.name}: no readable clip is left in {part}; it needs more clips")
-        if spec.metric == "1 - EER" and len({task.clips[n].label for n in clip[rows].unique()}) < 2:
-            raise ValueError(f"{task.name}: only one class is left in {part}; 1 - EER needs both")
+    for plan in plans:
+        for part, rows in zip(("neighbours", "train", "valid", "test"), plan):
+            if not len(rows):
+                raise ValueError(f"{task.name}: no readable clip is left in {part}; it needs more clips")
+            if spec.metric == "1 - EER" and len({task.clips[n].label for n in clip[rows].unique()}) < 2:
+                raise ValueError(f"{task.name}: only one class is left in {part}; 1 - EER needs both")
     _, *parts = plans[0]
     out["test"] = sum(len(clip[test].unique()) for *_, test in plans) // len(plans)  # clips, of one fold
     if spec.metric == "recall@1":
@@ -693,8 +696,8 @@ def score(task: Task, x, clip, s, encoder=None) -> dict:
 def knn_scores(encoder, tasks: list[Task], train_clips=300, test_clips=200, split="valid", **settings) -> dict[str, float]:
     """{task: kNN score} of an encoder in training: cheap, for it looks at few clips a task, always the same.
 
-    Class and tagging tasks are scored on `split` (what a run is watched by should not be test), on test where a task has
-    no such split, or on the last fold. settings: Settings' names, e.g. context="30s". Raises ValueError.
+    Class and tagging tasks are scored on `split` (what a run is watched by should not be test), where a task has none on
+    what `check` held out of train, or on the last fold. settings: Settings' names, e.g. context="30s". Raises ValueError.
     """
     s, training, scores = Settings(**settings), encoder.training, {}
     encoder.eval()
@@ -703,10 +706,11 @@ def knn_scores(encoder, tasks: list[Task], train_clips=300, test_clips=200, spli
             draw = torch.randperm(len(task.clips), generator=torch.Generator().manual_seed(0)).tolist()
             clips, splits = [task.clips[n] for n in draw], {c.split for c in task.clips}
             folds = {f for f in splits if isinstance(f, int)}
-            part = max(folds) if folds else split if split in splits else "test"
+            part = max(folds) if folds else split if split in splits else "held out"
             near = [c for c in clips if (c.split != part if folds else c.split == "train")][:train_clips]
             far = [c for c in clips if c.split == part][:test_clips]
-            if not task.spec.knn or not near or not far:
+            one = task.spec.metric == "1 - EER" and len({c.label for c in far}) < 2  # of so few clips
+            if not task.spec.knn or not near or not far or one:
                 continue
             few = Task(task.name, task.spec, near + far)
             x, clip, _ = extract(encoder, few, s, say=lambda text: None)
@@ -719,7 +723,7 @@ def knn_scores(encoder, tasks: list[Task], train_clips=300, test_clips=200, spli
 
 
 def averages(scores: dict) -> dict:
-    """{task: scores} -> {domain or "all": {"knn", "mlp": weighted by test size, "knn_plain", "mlp_plain": not}}."""
+    """{task: scores} -> {domain or "all": {"knn", "mlp": by the tasks' weights, "knn_plain", "mlp_plain": not}}."""
     out = {}
     for domain in [*dict.fromkeys(r["domain"] for r in scores.values()), "all"]:
         out[domain] = {}
@@ -755,7 +759,7 @@ def table(results: dict) -> str:
         lines.append([name, r["domain"], r["metric"], str(r["test"]), *cells(scores, "knn"), *cells(scores, "mlp")])
     for name, plain in [*((d, "") for d in means[0]), ("all", "_plain")]:
         scores, size = [m[name] for m in means], sum(r["test"] for r in first.values() if name in (r["domain"], "all"))
-        kind = "plain mean" if plain else "weighted by size"
+        kind = "plain mean" if plain else "weighted"
         lines.append([f"= {name}", "", kind, str(size), *cells(scores, "knn" + plain), *cells(scores, "mlp" + plain)])
     widths = [max(map(len, column)) for column in zip(*lines)]
     align = lambda i, cell: cell.rjust(widths[i]) if i > 2 else cell.ljust(widths[i])
@@ -816,7 +820,8 @@ def parse_settings(argv=None) -> Settings:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Settings):
         default = [] if f.default is MISSING else f.default
-        p.add_argument("--" + f.name.replace("_", "-"), default=default, **f.metadata)
+        shown = {} if default in (None, []) else {"help": f"{f.metadata['help']} ({default})"}
+        p.add_argument("--" + f.name.replace("_", "-"), default=default, **f.metadata | shown)
     return Settings(**vars(p.parse_args(argv)))
 
 

@@ -19,6 +19,7 @@ import resource
 import shutil
 import sys
 import time
+import zlib
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -30,7 +31,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
-from data import Batches, Rows, Sampler, held_out, loader
+from data import SAMPLE_RATE, Batches, Rows, Sampler, held_out, loader
 from uniwhisper import UniWhisper, load_strictly, newest_checkpoint, read_weights, save_encoder
 
 HERE = Path(__file__).parent
@@ -104,7 +105,7 @@ def parse(argv=None) -> Settings:
     for f in dataclasses.fields(Settings):
         extra = {k: f.metadata[k] for k in ("nargs", "choices") if k in f.metadata}
         kind = {"action": "store_true"} if f.type is bool else {"type": str if "nargs" in extra else f.type, **extra}
-        text = f.metadata["help"] + ("" if f.default in ((), "", False) else f" ({f.default})")
+        text = f.metadata["help"] + ("" if f.type is bool or f.default in ((), "") else f" ({f.default})")
         p.add_argument("--" + f.name.replace("_", "-"), help=text, **kind)
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(p.parse_args(argv)).items()}
     s = Settings(**(given if "data" in given else EXAMPLE | given))
@@ -284,7 +285,7 @@ def load_state(s: Settings, checkpoint: Path, ranks: Ranks, rows: Rows) -> dict:
         raise ValueError(f"{checkpoint}/trainer.pt is damaged ({str(e).splitlines()[0]}); remove {checkpoint} to resume from "
                          "the one before") from None
     # A setting that is newer than the checkpoint had its default then.
-    then, now = dataclasses.asdict(Settings()) | state["settings"], fixed_settings(s, ranks, rows)
+    then, now = fixed_settings(Settings(), ranks, rows) | state["settings"], fixed_settings(s, ranks, rows)
     differ = [f"{k} was {then.get(k)!r}, is {v!r}" for k, v in now.items() if then.get(k) != v]
     if differ:
         raise ValueError(f"--resume of {checkpoint} with other settings: {'; '.join(differ)}; use the same, or another --out")
@@ -292,9 +293,10 @@ def load_state(s: Settings, checkpoint: Path, ranks: Ranks, rows: Rows) -> dict:
 
 
 def fixed_settings(s: Settings, ranks: Ranks, rows: Rows) -> dict:
-    """All that decides a run's numbers, as plain values."""
+    """All that decides a run's numbers, as plain values. The checksum is of the rows' order, lengths and tasks."""
     kept = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(s).items() if k not in FREE_ON_RESUME}
-    return kept | {"ranks": ranks.world, "rows": len(rows), "seconds": round(float(rows.seconds.sum(dtype=float)), 2)}
+    return kept | {"ranks": ranks.world, "rows": len(rows), "seconds": round(float(rows.seconds.sum(dtype=float)), 2),
+                   "tasks": rows.tasks, "checksum": zlib.crc32(rows.seconds, zlib.crc32(rows.task))}
 
 
 # ---------------------------------------------------------------- reports
@@ -325,7 +327,7 @@ class Log:
                 self.seen[self.numbers[task], 1] += 1
             for task in batch.tasks:
                 self.seen[self.numbers[task], 0] += 1
-            self.audio += batch.samples.sum().item() / 16_000
+            self.audio += batch.samples.sum().item() / SAMPLE_RATE
         read, bad = self.seen.sum(0).tolist()
         if bad > max(10, 0.01 * (read + bad)):
             raise ValueError(f"{bad:.0f} of {read + bad:.0f} clips could not be read, over 1 %; they are named above: "
@@ -561,11 +563,11 @@ def train(s: Settings) -> None:
             probe(t)
     if s.device == "cpu":
         keep_freed_memory()
-    run = wrap(s, t.model, ranks, t.step)
+    run = None
     stream = iter(loader(t.batches, t.sampler, s.workers, ranks.device.type == "cuda"))
     log.start = log.mark = time.perf_counter()
     while t.step < s.steps:
-        if t.step == s.freeze_encoder > 0:
+        if run is None or t.step == s.freeze_encoder:
             run = wrap(s, t.model, ranks, t.step)
         set_rates(s, t.optimizer, t.step)
         batches = [next(stream) for _ in range(s.accumulate)]
@@ -615,6 +617,8 @@ def introduce(t: Trainer) -> None:
     t.ranks.say(f"encoder {millions(t.model.encoder)}, adapter {millions(t.model.adapter)}, decoder {millions(t.model.decoder)} "
                 f"(frozen); {len(t.rows)} clips, {t.rows.seconds.sum(dtype=float) / 3600:.2f} h, {len(t.rows.tasks)} tasks; "
                 f"{t.ranks.world} x {t.s.device}, {t.s.precision}; from step {t.step}")
+    if not t.held_out:
+        t.ranks.say(f"no row has split {t.s.valid_split!r} (--valid-split): no held-out loss, no questions")
     if t.ranks.rank == 0:
         (Path(t.s.out) / "config.json").write_text(json.dumps(dataclasses.asdict(t.s), indent=2) + "\n")
 

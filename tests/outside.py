@@ -25,7 +25,7 @@ from data import Rows  # noqa: E402
 from probe import word_error_rate  # noqa: E402
 from uniwhisper import load_run  # noqa: E402
 
-RATE, TOKEN = 16_000, 320
+RATE, TOKEN, LONGEST = 16_000, 320, 64  # Hz; samples of an encoder token; tokens of an answer, for either decoder
 
 
 def plain(text: str) -> str:
@@ -45,7 +45,7 @@ def whisper_words(folder, rows: Rows, numbers, batch: int = 16) -> list[str]:
         ids = torch.tensor([[of("<|startoftranscript|>"), of(f"<|{code}|>"), of("<|transcribe|>"), of("<|notimestamps|>")]
                             for code in languages])
         encoded, past, said = model.get_encoder()(mel), None, []
-        for _ in range(100):
+        for _ in range(LONGEST):
             out = model(encoder_outputs=encoded, decoder_input_ids=ids, past_key_values=past, use_cache=True)
             past, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
             said.append(ids[:, 0])
@@ -64,7 +64,8 @@ def our_words(run, rows: Rows, numbers, batch: int = 16) -> list[str]:
     for part in np.array_split(ordered, -(-len(ordered) // batch)):
         audio = [rows.audio(i) for i in part]
         samples = torch.tensor([len(a) for a in audio])
-        answers = model.generate(torch.nn.utils.rnn.pad_sequence(audio, True), [rows[i]["instruction"] for i in part], 64, samples)
+        audio, questions = torch.nn.utils.rnn.pad_sequence(audio, True), [rows[i]["instruction"] for i in part]
+        answers = model.generate(audio, questions, LONGEST, samples)
         texts.update(zip(part.tolist(), answers))
         print(f"{run}: {len(texts)} of {len(numbers)}", file=sys.stderr, flush=True)
     return [texts[i] for i in numbers]
@@ -78,7 +79,8 @@ def words(a) -> dict:
     sides |= {f"{r}, adapter and Qwen": our_words(r, rows, numbers) for r in a.run}
     out = {"clips": len(numbers), "words": sum(len(t.split()) for t in truths)}
     out |= {name: word_error_rate([plain(t) for t in texts], truths) for name, texts in sides.items()}
-    return out | {"examples": [{"truth": truths[n], **{name: texts[n] for name, texts in sides.items()}} for n in range(8)]}
+    examples = [{"truth": truth, **{name: texts[n] for name, texts in sides.items()}} for n, truth in enumerate(truths[:8])]
+    return out | {"examples": examples}
 
 
 def features(folder, rows: Rows) -> np.ndarray:

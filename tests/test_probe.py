@@ -1,4 +1,5 @@
 """probe.py: metrics and neighbours against scikit-learn, probes against autograd, choice on valid, cache, X-ARES tars."""
+import dataclasses
 import io
 import json
 import math
@@ -510,6 +511,14 @@ def test_scores_during_training(tmp_path, folder):
     scores = probe.knn_scores(encoder, tasks, train_clips=40, test_clips=6, device="cpu")
     assert scores == {"notes": 1.0} and encoder.training
     assert probe.knn_scores(encoder, tasks, split="test", device="cpu")["notes"] > 0.9
+    valid = [n for n, clip in enumerate(tasks[0].clips) if clip.split == "valid"]
+    for n in valid:  # without valid: never on test
+        tasks[0].clips[n] = tasks[0].clips[n]._replace(split="held out")
+    assert probe.knn_scores(encoder, tasks, train_clips=40, test_clips=6, device="cpu") == scores
+    few = probe.Task("few", dataclasses.replace(tasks[0].spec, metric="1 - EER"), [c for c in tasks[0].clips if c.label != "low"])
+    high = [c for c in few.clips if c.split != "held out" or c.label == "high"]
+    assert probe.knn_scores(encoder, [few], device="cpu").keys() == {"few"}
+    assert probe.knn_scores(encoder, [dataclasses.replace(few, clips=high)], device="cpu") == {}  # one class is no EER
     for n, clip in enumerate(tasks[0].clips):
         tasks[0].clips[n] = clip._replace(split=n % 4)
     assert probe.knn_scores(encoder, tasks[:1], device="cpu")["notes"] > 0.9
@@ -640,6 +649,8 @@ def test_bad_folds(tmp_path, folder):
     assert "notes: fold 2 has no clips" in bad(tmp_path, folder, fold(lambda i: (1, 3, 4, 5)[i // 3]))
     assert "need three folds or more" in bad(tmp_path, folder, fold(lambda i: 1 + i // 6))
     assert "splits are 1, 2, 3, test; need" in bad(tmp_path, folder, fold(lambda i: (1, 2, 3, "test")[i // 3]))
+    texts = [(change(row, label=None, captions=["a note"], split=i % 3), None) for i, (row, _) in enumerate(note_rows(12))]
+    assert "notes: its splits are folds; recall@1 needs train and test" in bad(tmp_path, folder, texts)
 
 
 def test_mixed_rows(tmp_path, folder):

@@ -453,9 +453,12 @@ def test_resume_wants_the_same_settings(undisturbed, world, tmp_path, capsys):
     assert "lr_encoder was 0.0001, is 0.5" in text and "seed was 0, is 3" in text
     fewer = write_manifest(world.folder / "fewer.jsonl", world.rows[1:])
     assert "rows was 60, is 59" in error(capsys, *options(world, out, resume=True, data=fewer))
+    turned = write_manifest(world.folder / "turned.jsonl", world.rows[::-1])  # other numbers for the same rows
+    assert "checksum was " in error(capsys, *options(world, out, resume=True, data=turned))
     trainer = step_folder(out, STEPS) / "trainer.pt"
     state = torch.load(trainer)
-    del state["settings"]["loss"]  # a checkpoint from before there was this setting: it had the default
+    for newer in ("loss", "task_weights", "checksum"):  # a checkpoint from before there were these: they had the default
+        del state["settings"][newer]
     torch.save(state, trainer)
     assert "loss was 'token', is 'example'" in error(capsys, *options(world, out, resume=True, loss="example"))
     succeed(Run(options(world, out, resume=True)))
@@ -546,8 +549,8 @@ def test_an_error_in_a_worker_is_one_line(world, tmp_path):
     (dict(lr_encoder=-1), "--lr-encoder is -1"),
     (dict(task_weights=["height"]), "--task-weights takes TASK=NUMBER, not height"),
     (dict(task_weights=["height=much"]), "--task-weights takes TASK=NUMBER, not height=much"),
-    (dict(task_weights=["height=-1"]), "task weights {'height': -1.0}: none may be below 0"),
-    (dict(task_weights=["height=0"]), "task weights {'height': 0.0}: none may be below 0, and one must be above"),
+    (dict(task_weights=["height=-1"]), "task weights {'height': -1.0}: each must be a number of 0 or more"),
+    (dict(task_weights=["height=0"]), "task weights {'height': 0.0}: each must be a number of 0 or more, and one must be above"),
     (dict(task_weights=["depth=1"]), "['depth']"),
     (dict(probe_every=0, probe_data="nowhere.jsonl"), "--probe-every is 0; it must be above 0"),
     (dict(probe_every=3, probe_data="nowhere.jsonl"), "nowhere.jsonl: no such manifest or tar"),
