@@ -50,7 +50,7 @@ class Spec:
     splits: str = "train valid test"  # as the tars call them; '-': no valid tars
     folds: range = range(0)
     metric: str = "accuracy"
-    crop: float = 0.0  # seconds; a longer clip is cut into such pieces, each a sample of its own; what is left over is dropped, as there
+    crop: float = 0.0  # seconds; a longer clip is cut into such pieces, each a sample of its own; the rest is dropped
     epochs: int = 10
     batch: int = 32
     knn: bool = True
@@ -696,8 +696,9 @@ def score(task: Task, x, clip, s, encoder=None) -> dict:
 def knn_scores(encoder, tasks: list[Task], train_clips=300, test_clips=200, split="valid", **settings) -> dict[str, float]:
     """{task: kNN score} of an encoder in training: cheap, for it looks at few clips a task, always the same.
 
-    Class and tagging tasks are scored on `split` (what a run is watched by should not be test), where a task has none on
-    what `check` held out of train, or on the last fold. settings: Settings' names, e.g. context="30s". Raises ValueError.
+    Class and tagging tasks are scored on `split` (what a run is watched by should not be test), where a task has none
+    on what `check` held out of train, or on the last fold; a task of 1 - EER is left out where these few clips are of
+    one class. settings: Settings' names, e.g. context="30s". Raises ValueError.
     """
     s, training, scores = Settings(**settings), encoder.training, {}
     encoder.eval()
