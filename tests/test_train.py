@@ -466,6 +466,11 @@ def test_resume_wants_the_same_settings(undisturbed, world, tmp_path, capsys):
     assert f"{trainer} is damaged" in error(capsys, *options(world, out, resume=True))
 
 
+def test_a_valid_split_that_no_row_has_is_said(world, tmp_path):
+    run = succeed(Run(options(world, tmp_path / "run", valid_split="dev", steps=1)))
+    assert "no row has split 'dev' (--valid-split): no held-out loss" in run.out
+
+
 # ---------------------------------------------------------------- guards
 
 def loud(folder, name):
