@@ -607,17 +607,18 @@ def extract(encoder, task: Task, s, say):
     """x (N, D), clip (N,) ascending, and a message for each unreadable clip; over 1 % of these, or NaN, is an error."""
     parts, failed, began, said = [{} for _ in task.clips], [], time.time(), time.time()
     seconds = [0.1 + float(c.rows.seconds[c.number]) for c in task.clips]  # 0.1: even the shortest clip takes its time
+    cost = lambda t: -(-t // 30) * 30 if s.context == "30s" else t  # seconds that are encoded: silence, too
+    work = [cost(t) for t in seconds]
     for pieces in _decoded(task.clips, seconds, task.spec.crop):
         failed += [str(audio) for _, _, audio in pieces if isinstance(audio, AudioError)]
         pieces = sorted((p for p in pieces if not isinstance(p[2], AudioError)), key=lambda p: len(p[2]))
-        cost = [(WINDOW if s.context == "30s" else len(p[2])) / SAMPLE_RATE for p in pieces]
-        for batch in data.cut(pieces, cost, s.batch_seconds):
+        for batch in data.cut(pieces, [cost(len(p[2]) / SAMPLE_RATE) for p in pieces], s.batch_seconds):
             for (n, k, _), features in zip(batch, _encode(encoder, [audio for _, _, audio in batch], task.frames, s)):
                 parts[n][k] = features
             if time.time() - said > 10:
-                said, done = time.time(), sum(t for t, p in zip(seconds, parts) if p)
-                share, speed, left = done / sum(seconds), done / (said - began), sum(seconds) - done
-                say(f"{task.name}: {share:.0%} encoded, {speed:.0f} x real time, {left / speed:.0f} s left")
+                said, done = time.time(), sum(t for t, p in zip(work, parts) if p)
+                share, speed = done / sum(work), done / (said - began)
+                say(f"{task.name}: {share:.0%} encoded, {speed:.0f} x real time, {(sum(work) - done) / speed:.0f} s left")
     if len(failed) > 0.01 * len(task.clips):
         raise ValueError(f"{task.name}: {len(failed)} of {len(task.clips)} clips cannot be read, over 1 %: {failed[0]}")
     clip = torch.cat([torch.full((len(p[k]),), n) for n, p in enumerate(parts) for k in sorted(p)])

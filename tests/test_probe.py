@@ -1,6 +1,7 @@
 """probe.py: metrics and neighbours against scikit-learn, probes against autograd, choice on valid, cache, X-ARES tars."""
 import dataclasses
 import io
+import itertools
 import json
 import math
 from functools import partial
@@ -398,7 +399,7 @@ def test_features_do_not_depend_on_the_batch(tmp_path, folder):
         torch.testing.assert_close(mean, tokens.mean(0), atol=1e-4, rtol=1e-3)
 
 
-def test_context_crop_and_windows(tmp_path, folder):
+def test_context_crop_and_windows(tmp_path, folder, monkeypatch):
     encoder = uniwhisper.WhisperEncoder.from_pretrained(folder).eval()
     path = write_manifest(tmp_path, "long", [({"label": "a", "split": "train"}, tone(440, 31.0)),
                                              ({"label": "b", "split": "train"}, tone(880, 1.0))])
@@ -410,6 +411,11 @@ def test_context_crop_and_windows(tmp_path, folder):
     audio = Rows(path).audio(1)
     full, _ = encoder.encode(torch.nn.functional.pad(audio, (0, 29 * 16000))[None], torch.tensor([480000]))
     torch.testing.assert_close(padded[1], full[0, :50].mean(0), atol=1e-4, rtol=1e-3)
+    clock, said = itertools.count(step=11), []  # each look at the clock comes 11 s later
+    with monkeypatch.context() as m:
+        m.setattr(probe.time, "time", lambda: next(clock))
+        probe.extract(encoder, task, settings(tmp_path, context="30s", batch_seconds=0.01), said.append)
+    assert said[0].startswith("long: 33% encoded")  # 1 s costs 30, 31 s cost 60
     cropped = Task("long", Spec("music", "label", crop=10), task.clips)
     x, clip, _ = probe.extract(encoder, cropped, settings(tmp_path), quiet)
     assert clip.tolist() == [0, 0, 0, 1]  # three pieces of 10 s, the last second dropped; a short clip is one piece
