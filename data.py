@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 
 SAMPLE_RATE = 16_000
 AUDIO_SUFFIXES = (".flac", ".wav", ".mp3", ".ogg")
+UNKNOWN = 2**40  # frames; libsndfile gives more where a header does not tell
 
 # What to ask when a row has no instruction of its own: any task name, one line each; extend at will.
 # assumption: the paper gives no wording.
@@ -80,6 +81,8 @@ def read_audio(source, max_seconds: float | None = None, name: str | None = None
     try:
         with sf.SoundFile(io.BytesIO(source)) as f:
             rate, frames, seconds = f.samplerate, f.frames, f.frames / f.samplerate
+            if frames > UNKNOWN:
+                raise AudioError(f"{name}: its header does not tell its length (FLAC written to a pipe?); write it again")
             if max_seconds is not None and seconds > max_seconds + 1e-3:
                 raise AudioError(f"{name}: {seconds:.1f} s, longer than --max-seconds {max_seconds:g}; cut it or raise "
                                  "the limit")
@@ -235,6 +238,7 @@ class Rows:
         try:
             with tarfile.open(path, "r:") as tar:
                 for member in tar:
+                    tar.members.clear()  # it would keep them all
                     key, suffix = os.path.splitext(member.name)
                     kind = "json" if suffix == ".json" else "audio" if suffix.lower() in AUDIO_SUFFIXES else None
                     if not member.isfile() or kind is None:
@@ -246,8 +250,9 @@ class Rows:
                     if len(part) == 2:
                         del waiting[key]
                         yield from self._check_member(path, key, part)
-                if tar.offset + 512 > os.path.getsize(path):  # the two empty blocks at the end are not there
-                    self._problem(path, "cut short; fetch it again")
+                rest = os.path.getsize(path) - tar.offset  # tarfile stops at what is no header: should be empty blocks
+                if not 512 <= rest <= 2**20 or self._pread(path, rest, tar.offset).strip(b"\0"):
+                    self._problem(path, f"cut short, damaged or several tars in one, after {tar.offset} bytes; fetch it again")
         except (tarfile.ReadError, EOFError) as e:
             self._problem(path, f"not a plain tar, or cut short ({e}); unpack a .gz first, else fetch it again")
         for key, part in waiting.items():
@@ -262,7 +267,7 @@ class Rows:
         if not isinstance(row, dict):
             return self._problem(f"{path}: {key}.json", "not a JSON object")
         _, at, size = part["audio"]
-        checked = self._check(row, f"{path}: {key}.json", lambda: _header_seconds(io.BytesIO(self._pread(path, size, at))))
+        checked = self._check(row, f"{path}: {key}.json", lambda: _header_seconds(_Member(path, at, size)))
         if checked:
             yield part["json"][0], part["audio"][0], *checked
 
@@ -270,10 +275,12 @@ class Rows:
         with open(path, "rb", buffering=0) as f:  # opened anew each time: there may be more shards than open files allowed
             return os.pread(f.fileno(), size, at)
 
-    def _member(self, path, at) -> tuple[str, bytes]:
-        """Name and content of the tar member whose header stands at `at`."""
-        info = tarfile.TarInfo.frombuf(self._pread(path, 512, at), "utf-8", "surrogateescape")
-        return info.name, self._pread(path, info.size, at + 512)
+    def _header(self, path, at) -> tarfile.TarInfo:
+        """The header of the tar member that stands at `at`."""
+        return tarfile.TarInfo.frombuf(self._pread(path, 512, at), "utf-8", "surrogateescape")
+
+    def _content(self, path, at) -> bytes:
+        return self._pread(path, self._header(path, at).size, at + 512)
 
     def __getitem__(self, i: int) -> dict:
         path, at = self.paths[self.file[i]], int(self.at[i])
@@ -282,15 +289,15 @@ class Rows:
             while b"\n" not in line and (more := self._pread(path, 65536, at + len(line))):
                 line += more
             return json.loads(line.split(b"\n", 1)[0])
-        row = _member_row(self._member(path, at)[1])
-        row.setdefault("audio", self._member(path, int(self.audio_at[i]))[0])
+        row = _member_row(self._content(path, at))
+        row.setdefault("audio", self._header(path, int(self.audio_at[i])).name)
         return row
 
     def raw(self, i: int) -> bytes:
         """The bytes of row i's audio file."""
         path = self.paths[self.file[i]]
         if self.audio_at[i] >= 0:
-            return self._member(path, int(self.audio_at[i]))[1]
+            return self._content(path, int(self.audio_at[i]))
         file = Path(path).parent / self[i]["audio"]
         try:
             return file.read_bytes()
@@ -308,7 +315,7 @@ class Rows:
         """Row i's place, for a message: manifest:line (audio), or tar (member)."""
         path = self.paths[self.file[i]]
         if self.audio_at[i] >= 0:
-            return f"{path} ({self._member(path, int(self.audio_at[i]))[0]})"
+            return f"{path} ({self._header(path, int(self.audio_at[i])).name})"
         line, left = 1, int(self.at[i])
         with open(path, "rb") as f:
             while left > 0:
@@ -341,11 +348,33 @@ def _expand(paths) -> list[str]:
     return found
 
 
+class _Member:
+    """A tar's member as a file for soundfile; reads no more than it is asked for."""
+
+    def __init__(self, path, at: int, size: int):
+        self.path, self.start, self.size, self.at = path, at, size, 0
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        self.at = offset + (0, self.at, self.size)[whence]
+        return self.at
+
+    def tell(self) -> int:
+        return self.at
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self.size - self.at)
+        with open(self.path, "rb", buffering=0) as f:
+            got = os.pread(f.fileno(), left if size < 0 else min(size, left), self.start + self.at)
+        self.at += len(got)
+        return got
+
+
 def _header_seconds(file) -> float:
-    """Length by the file's header, 0 where it cannot be read: the clip is reported when its turn comes."""
+    """Length by the file's header, 0 where it does not tell: the clip is reported when its turn comes."""
     try:
-        return sf.info(file).duration
-    except (sf.LibsndfileError, RuntimeError, OSError):
+        info = sf.info(file)
+        return info.duration if info.frames <= UNKNOWN else 0.0
+    except (sf.LibsndfileError, RuntimeError, OSError, TypeError):  # TypeError: a .raw file
         return 0.0
 
 

@@ -108,6 +108,13 @@ def test_piped_wav_of_unknown_length_is_read():
     assert torch.equal(read_audio(bytes(raw)), read_audio(bytes_of(tone(), format="WAV")))
 
 
+def piped_flac(seconds=0.5) -> bytes:
+    raw = bytearray(bytes_of(tone(seconds), format="FLAC"))
+    raw[21] &= 0xF0  # STREAMINFO's number of samples, 36 bits, is unknown where the writer could not seek back
+    raw[22:26] = bytes(4)
+    return bytes(raw)
+
+
 NAN = np.where(np.arange(800) == 400, np.nan, 0.1)
 INFINITE = np.where(np.isnan(NAN), np.inf, NAN)
 BAD_AUDIO = {
@@ -119,6 +126,7 @@ BAD_AUDIO = {
     "NaN": (bytes_of(NAN, format="WAV", subtype="FLOAT"), "NaN or infinite"),
     "infinite": (bytes_of(INFINITE, format="WAV", subtype="DOUBLE"), "NaN or infinite"),
     "too long": (bytes_of(tone(2.0), format="FLAC"), "2.0 s, longer than --max-seconds 1.5"),
+    "length unknown": (piped_flac(), "its header does not tell its length"),
 }
 
 
@@ -194,8 +202,11 @@ def test_splits_are_told_apart(tmp_path):
 
 def test_missing_seconds_are_taken_from_the_clips_header(tmp_path):
     write_clip(tmp_path / "clips/0.wav", tone(0.5, rate=22_050), 22_050)
-    rows = Rows(write_manifest(tmp_path / "m.jsonl", [{"audio": "clips/0.wav"}, {"audio": "clips/gone.wav"}]))
-    assert rows.seconds[0] == 0.5 and rows.seconds[1] == 0
+    (tmp_path / "clips/1.raw").write_bytes(bytes(500))  # has no header
+    (tmp_path / "clips/2.flac").write_bytes(piped_flac())
+    names = "0.wav", "gone.wav", "1.raw", "2.flac"
+    rows = Rows(write_manifest(tmp_path / "m.jsonl", [{"audio": f"clips/{name}"} for name in names]), max_seconds=30)
+    assert rows.seconds.tolist() == [0.5, 0, 0, 0]
     with pytest.raises(AudioError, match=r"m.jsonl:2 \(clips/gone.wav\): .*No such file"):
         rows.audio(1)
 
@@ -319,6 +330,20 @@ def test_seconds_of_a_tars_clip_come_from_its_header(tmp_path):
     assert np.isclose(rows.seconds[0], 0.7)
 
 
+@pytest.mark.parametrize("kind", ["wav", "flac", "ogg", "mp3"])
+def test_a_tars_clips_are_not_read_for_their_headers_and_names(kind, tmp_path, monkeypatch):
+    clip = bytes_of(noise(16_000 * 60).numpy(), format=kind)
+    path = write_tar(tmp_path / "t.tar", [("a.json", {"answer": "x"}), (f"a.{kind}", clip)])
+    read, pread = [], data.os.pread
+    monkeypatch.setattr(data.os, "pread", lambda *a: read.append(len(got := pread(*a))) or got)
+    rows = Rows(path)
+    assert abs(rows.seconds[0] - 60) < 0.1
+    if kind != "mp3":  # has no header of its own: libsndfile looks at every frame
+        assert sum(read) < len(clip) / 3
+    read.clear()
+    assert rows[0]["audio"] == f"a.{kind}" and f"(a.{kind})" in rows.name(0) and sum(read) < 5000
+
+
 WAV = bytes_of(tone(0.1), format="WAV")
 BAD_TARS = {
     "audio without json": ([("a.wav", WAV)], ": a: audio without its .json"),
@@ -350,6 +375,21 @@ def test_a_tar_cut_short_anywhere_is_refused(manifest, tmp_path):
         path.write_bytes(whole[:left])
         with pytest.raises(ValueError, match="t.tar: .*cut short"):
             Rows(path)
+
+
+def test_a_tar_with_a_hole_or_another_behind_it_is_refused(manifest, tmp_path):
+    path = Path(write_tar(tmp_path / "t.tar", members_of(manifest)))
+    whole = path.read_bytes()
+    with tarfile.open(path) as tar:
+        headers = [m.offset for m in tar]
+    for at in headers[1:]:
+        for junk in (bytes(512), b"\xff" * 512):
+            path.write_bytes(whole[:at] + junk + whole[at + 512 :])
+            with pytest.raises(ValueError, match=f"t.tar: .*damaged or several tars in one, after {at} bytes"):
+                Rows(path)
+    path.write_bytes(whole + whole)
+    with pytest.raises(ValueError, match="several tars in one"):
+        Rows(path)
 
 
 @pytest.mark.parametrize("name", ["t.tar", "t.tar.gz", "t.tgz"])
