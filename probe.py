@@ -141,7 +141,7 @@ def segment_f1(scores, y, clip, seconds: float, average: str) -> float:
     A clip's last, shorter segment counts too (X-ARES drops it; its DESED clips, of 10 s, have none).
     """
     token = torch.arange(len(clip), device=clip.device) - torch.searchsorted(clip, clip)  # of its clip
-    segment = torch.stack([clip, token // round(seconds / TOKEN)]).unique_consecutive(dim=1, return_inverse=True)[1]
+    segment = (token % round(seconds / TOKEN) == 0).cumsum(0) - 1
     empty = torch.zeros(int(segment[-1]) + 1, y.shape[1], device=y.device)
     found, true = empty.index_add(0, segment, (scores > 0).float()) > 0, empty.index_add(0, segment, y.float()) > 0
     hits, sizes = (found & true).sum(0), found.sum(0) + true.sum(0)  # (C,)
@@ -374,12 +374,12 @@ def score_transcription(x, clip, texts, parts, encoder, decoder, epochs: int, ba
         prompts, answers = [prompt] * len(clips), [model.tokenizer.answer(texts[c]) for c in clips]
         return SimpleNamespace(audio=features, samples=counts[clips], prompts=prompts, answers=answers)
 
-    def loss_of(clips):
-        loss, answer_tokens = model(batch_of(clips))
+    def loss_of(items):
+        loss, answer_tokens = model(batch_of(parts[0][items]))
         return loss / answer_tokens
 
     valid = lambda: -sum(model(batch_of(clips))[0].item() for clips in parts[1].split(batch))
-    _fit_module(model.adapter, lambda items: loss_of(parts[0][items]), len(parts[0]), valid, epochs, batch)
+    _fit_module(model.adapter, loss_of, len(parts[0]), valid, epochs, batch)
     answers = []
     for b in map(batch_of, parts[2].split(batch)):
         answers += model.generate(b.audio, [ask] * len(b.audio), 200, b.samples)
@@ -394,9 +394,6 @@ class Clip(NamedTuple):
     split: str | int  # train, valid, test, held out, or a fold's number
     label: object  # a class, classes, (onset, offset, class) in seconds, captions, or a text
 
-    def name(self) -> str:
-        return self.rows.name(self.number)
-
 
 @dataclass
 class Task:
@@ -408,13 +405,14 @@ class Task:
     def frames(self) -> bool:
         return self.spec.metric.startswith("segment") or self.spec.metric == "1 - WER"
 
+    def members(self, clip: Clip) -> set[str]:
+        """A clip's classes."""
+        return {v[2] for v in clip.label} if self.frames else {*clip.label} if self.spec.metric == "mAP" else {clip.label}
+
     @property
     def classes(self) -> list[str]:
         """The classes that occur, sorted; none where labels are texts."""
-        if self.spec.metric in ("recall@1", "1 - WER"):
-            return []
-        several = self.frames or self.spec.metric == "mAP"
-        return sorted({v[2] if self.frames else v for c in self.clips for v in (c.label if several else [c.label])})
+        return sorted({m for c in self.clips for m in self.members(c)}) if METRICS[self.spec.metric] else []
 
 
 # What a manifest's row has -> the metrics that fit it, the usual one first ("tags": a label that is a list).
@@ -434,9 +432,12 @@ def _truth(row: dict) -> tuple[str, object]:
     value = row[kind]
     if kind == "events":
         try:
-            return kind, [(float(e["onset"]), float(e["offset"]), str(e["label"])) for e in value]
+            events = [(float(e["onset"]), float(e["offset"]), str(e["label"])) for e in value]
         except (TypeError, KeyError, ValueError):
-            raise ValueError("events must be a list of {onset, offset, label}, in seconds") from None
+            events = [(-1.0, 0.0, "")]
+        if not all(0 <= onset <= offset < math.inf for onset, offset, _ in events):
+            raise ValueError("events must be a list of {onset, offset, label}, in seconds, 0 <= onset <= offset")
+        return kind, events
     if kind == "captions" and not (isinstance(value, list) and value and all(isinstance(v, str) for v in value)):
         raise ValueError(f"captions is {value!r}; need a list of texts")
     if kind == "label" and isinstance(value, list):
@@ -488,15 +489,8 @@ def check(task: Task, say) -> None:
     """Refuse what cannot be probed, before anything is encoded. Without a valid split hold out a tenth of train."""
     splits, classes, metric = {c.split for c in task.clips}, task.classes, task.spec.metric
     folds = {s for s in splits if isinstance(s, int)}
-    several = task.frames or metric == "mAP"
     if folds and METRICS[metric] is None:
         raise ValueError(f"{task.name}: its splits are folds; {metric} needs train and test")
-    members = lambda c: {v[2] if task.frames else v for v in c.label} if several else {c.label}
-    for fold in sorted(folds) or ["test"] * bool(classes):
-        taught = (c for c in task.clips if (c.split != fold if folds else c.split == "train"))
-        if lost := set(classes).difference(*map(members, taught)):
-            say(f"note: {task.name}: no clip of class {', '.join(sorted(lost)[:5])} is in train"
-                + (f" when fold {fold} is test" if folds else "") + "; its clips elsewhere count as wrong")
     if METRICS[metric] and len(classes) < 2 or metric == "1 - EER" and len(classes) != 2:
         raise ValueError(f"{task.name}: has {len(classes)} class(es), {', '.join(classes[:3])}; {metric} needs "
                          f"{'two' if metric == '1 - EER' else 'two or more'}")
@@ -505,16 +499,20 @@ def check(task: Task, say) -> None:
         if empty or len(folds) < 3 or splits != folds:
             found = f"fold {min(empty)} has no clips" if empty else f"splits are {', '.join(sorted(map(str, splits)))}"
             raise ValueError(f"{task.name}: {found}; need three folds or more, each with clips, and no other split")
-        return
-    if not {"train", "test"} <= splits:
+    elif not {"train", "test"} <= splits:
         raise ValueError(f"{task.name}: no clip in split {'test' if 'train' in splits else 'train'}; "
                          f"found {', '.join(sorted(splits))}")
-    if "valid" not in splits:
+    elif "valid" not in splits:
         train = [n for n, c in enumerate(task.clips) if c.split == "train"]
         draw = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[: -(-len(train) // 10)]
         for n in draw.tolist():
             task.clips[train[n]] = task.clips[train[n]]._replace(split="held out")
         say(f"note: {task.name} has no valid split: its epoch is chosen on {len(draw)} clips held out of train")
+    for fold in sorted(folds) or ["test"] * bool(classes):
+        taught = (c for c in task.clips if (c.split != fold if folds else c.split == "train"))
+        if lost := set(classes) - {m for c in taught for m in task.members(c)}:
+            say(f"note: {task.name}: no clip of class {', '.join(sorted(lost)[:5])} is in train"
+                + (f" when fold {fold} is test" if folds else "") + "; its clips elsewhere count as wrong")
 
 
 def targets(task: Task, clip: torch.Tensor) -> torch.Tensor:
@@ -558,9 +556,7 @@ def fingerprint(encoder: WhisperEncoder) -> str:
     for name, tensor in sorted(encoder.state_dict().items()):
         h.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         h.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    u = uniwhisper
-    for code in (u.attend, u.WhisperAttention, u.WhisperLayer, WhisperEncoder, u.mel_filters.__wrapped__, u.log_mel_spectrogram,
-                 encoder_lengths, data.read_audio, data.resample, data._sinc_kernel.__wrapped__, _decoded, _encode, extract):
+    for code in (uniwhisper, data, _decoded, _encode, extract):
         h.update(inspect.getsource(code).encode())
     return h.hexdigest()
 
@@ -614,6 +610,9 @@ def extract(encoder, task: Task, s, say):
         pieces = sorted((p for p in pieces if not isinstance(p[2], AudioError)), key=lambda p: len(p[2]))
         for batch in data.cut(pieces, [cost(len(p[2]) / SAMPLE_RATE) for p in pieces], s.batch_seconds):
             for (n, k, _), features in zip(batch, _encode(encoder, [audio for _, _, audio in batch], task.frames, s)):
+                if not features.isfinite().all():
+                    name = task.clips[n].rows.name(task.clips[n].number)
+                    raise ValueError(f"{name}: its features are not finite; try --precision fp32, or check the weights")
                 parts[n][k] = features
             if time.time() - said > 10:
                 said, done = time.time(), sum(t for t, p in zip(work, parts) if p)
@@ -622,10 +621,10 @@ def extract(encoder, task: Task, s, say):
     if len(failed) > 0.01 * len(task.clips):
         raise ValueError(f"{task.name}: {len(failed)} of {len(task.clips)} clips cannot be read, over 1 %: {failed[0]}")
     clip = torch.cat([torch.full((len(p[k]),), n) for n, p in enumerate(parts) for k in sorted(p)])
-    x = torch.cat([p[k] for p in parts for k in sorted(p)])
-    if len(wrong := (~x.isfinite().all(1)).nonzero()):
-        name = task.clips[clip[wrong[0, 0]]].name()
-        raise ValueError(f"{name}: its features are not finite; try --precision fp32, or check the weights")
+    x, at = features.new_empty(len(clip), features.shape[1]), 0
+    for features in (p.pop(k) for p in parts for k in sorted(p)):  # each is freed once it is copied: frame tasks are large
+        x[at : at + len(features)] = features
+        at += len(features)
     return x, clip, failed
 
 
@@ -730,8 +729,7 @@ def averages(scores: dict) -> dict:
     for domain in [*dict.fromkeys(r["domain"] for r in scores.values()), "all"]:
         out[domain] = {}
         for key in ("knn", "mlp"):
-            mine = [r for r in scores.values() if domain in (r["domain"], "all") and r[key] is not None]
-            mine = [(r[key], r["weight"]) for r in mine]
+            mine = [(r[key], r["weight"]) for r in scores.values() if domain in (r["domain"], "all") and r[key] is not None]
             out[domain][key] = sum(v * w for v, w in mine) / sum(w for _, w in mine) if mine else None
             out[domain][key + "_plain"] = sum(v for v, _ in mine) / len(mine) if mine else None
     return out
@@ -812,7 +810,7 @@ class Settings:
     # assumption: the paper says "MLP" and gives neither width nor activation
     hidden: int = _flag(256, "width of the probe's hidden layer; 0: linear, as X-ARES probes", type=int)
     epochs: int = _flag(None, "of the probe (default: X-ARES's own for its tasks, 30 for others)", type=int)
-    seeds: int = _flag(3, "probes per task, for mean and spread", type=int)
+    seeds: int = _flag(3, "probes per task, for mean and spread (transcription: one)", type=int)
     cache: str = _flag(str(Path.home() / ".cache" / "uniwhisper"), "folder where features are kept")
     json: str = _flag(None, "write settings and scores there")
     plot: str = _flag(None, "draw the scores there (needs matplotlib)")
@@ -840,10 +838,10 @@ def find_tasks(s: Settings, say) -> list[Task]:
         raise ValueError(f"--tasks {' '.join(sorted(unknown))}: not there; found: {', '.join(here) or 'none'}")
     tasks = []
     for name in s.tasks or here:
-        task = own[name] if name in own else xares_task(s.xares, name)
-        if task.spec.metric == "1 - WER" and not s.decoder:
+        if (own[name].spec if name in own else XARES[name]).metric == "1 - WER" and not s.decoder:
             say(f"note: {name} is left out: transcription needs --decoder")
             continue
+        task = own[name] if name in own else xares_task(s.xares, name)
         check(task, say)
         tasks.append(task)
     if not tasks:
@@ -904,6 +902,8 @@ def main():
             plot(results, s.plot)
     except (OSError, ValueError) as e:
         sys.exit(f"error: {e}")
+    except torch.OutOfMemoryError as e:  # of a GPU
+        sys.exit(f"error: {str(e).splitlines()[0]} Lower --batch-seconds, or probe on --device cpu")
 
 
 if __name__ == "__main__":

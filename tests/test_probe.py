@@ -642,6 +642,9 @@ def change(row, **more):
     ({"captions": []}, "captions is []; need a list of texts"),
     ({"events": [{"start": 0, "end": 1, "note": "c"}]}, "events must be a list of {onset, offset, label}, in seconds"),
     ({"events": [{"onset": "now", "offset": 1, "label": "c"}]}, "events must be a list of {onset, offset, label}, in seconds"),
+    ({"events": [{"onset": -0.1, "offset": 1, "label": "c"}]}, "notes.jsonl:1 (notes-0.wav): events must be"),
+    ({"events": [{"onset": 1, "offset": 0.5, "label": "c"}]}, "in seconds, 0 <= onset <= offset"),
+    ({"events": [{"onset": 0, "offset": math.inf, "label": "c"}]}, "in seconds, 0 <= onset <= offset"),
     ({"task": 5}, "task is 5; need a text"),
     ({"domain": ["music"]}, "domain is ['music']; need a text"),
     ({"metric": "1 - EER"}, "notes: has 3 class(es), high, low, middle; 1 - EER needs two"),
@@ -697,6 +700,16 @@ def test_features_that_are_not_finite(tmp_path, folder):
         encoder.layers[0].fc1.bias[0] = math.nan
     uniwhisper.save_encoder(encoder, tmp_path / "nan")
     assert "notes.jsonl:1 (notes-0.wav): its features are not finite" in bad(tmp_path, tmp_path / "nan", note_rows(12))
+
+
+def test_a_gpu_without_room_is_one_line(tmp_path, folder, monkeypatch):
+    def full(*a, **k):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB.\nmore")
+
+    monkeypatch.setattr(probe, "extract", full)
+    data = write_manifest(tmp_path, "notes", note_rows(12))
+    said = main("--encoder", folder, "--data", data, "--cache", tmp_path / "cache")
+    assert said == "error: CUDA out of memory. Tried to allocate 80 GiB. Lower --batch-seconds, or probe on --device cpu"
 
 
 def test_notes(tmp_path, folder):
