@@ -3,7 +3,7 @@
     python train.py                                     # the embedded example: two cores, under three minutes
     python train.py --data suite/*.jsonl --encoder whisper-base --decoder qwen2.5-0.5b --out out/first
     torchrun --nproc-per-node=8 train.py ...            # several GPUs; with --nnodes, several machines
-    python train.py ... --resume                        # go on from the newest checkpoint, to the same bits
+    python train.py ... --resume                        # go on from the newest checkpoint, to the same bits on CPUs
 
 OUT gets config.json, metrics.jsonl, checkpoints/ and, at the end, encoder/ in Hugging Face's Whisper layout.
 """
@@ -174,6 +174,8 @@ def start_ranks(s: Settings) -> Ranks:
     if s.threads:
         torch.set_num_threads(s.threads)
     if device.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"process {local} of this machine finds {torch.cuda.device_count()} GPUs; lower --nproc-per-node")
         torch.cuda.set_device(device)
     if world > 1:
         # The others wait while rank 0 asks, probes and saves.
@@ -222,7 +224,10 @@ def wrap(s: Settings, model: UniWhisper, ranks: Ranks, step: int):
         p.requires_grad_(step >= s.freeze_encoder and name != "embed_positions.weight")
     if ranks.world == 1:
         return model
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+    # DDP deals the gradients into new buckets after its first step, which in a resumed run is another one. Over three
+    # ranks or more Gloo adds in an order that depends on a number's place in its bucket; with this flag they stay.
+    fixed = ranks.world > 2 and ranks.device.type == "cpu"
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False, find_unused_parameters=fixed)
 
 
 def autocast(s: Settings):
@@ -238,11 +243,9 @@ def save_checkpoint(s: Settings, model, state: dict, step: int) -> None:
     """
     folder = Path(s.out) / "checkpoints"
     final, writing = folder / f"step-{step:08d}", folder / f".writing-{step:08d}"
-    if final.exists():
-        return
     try:
         for stale in folder.glob(".*-*"):
-            shutil.rmtree(stale)
+            shutil.rmtree(stale, ignore_errors=True)
         (writing / "adapter").mkdir(parents=True)
         save_encoder(model.encoder, writing / "encoder")
         save_file(model.adapter.state_dict(), writing / "adapter" / "model.safetensors")
@@ -255,7 +258,7 @@ def save_checkpoint(s: Settings, model, state: dict, step: int) -> None:
         shutil.rmtree(writing, ignore_errors=True)
         raise OSError(f"cannot save {final}: {e}; make room and --resume from {newest_checkpoint(s.out) or 'the start'}") from e
     for old in sorted(p for p in folder.glob("step-*") if p.name[5:].isdigit())[: -s.keep]:
-        shutil.rmtree(old.rename(folder / f".old-{old.name}"))
+        shutil.rmtree(old.rename(folder / f".old-{old.name}"), ignore_errors=True)  # in use: the next save tries again
 
 
 def flush(path: Path) -> None:
@@ -293,10 +296,11 @@ def load_state(s: Settings, checkpoint: Path, ranks: Ranks, rows: Rows) -> dict:
 
 
 def fixed_settings(s: Settings, ranks: Ranks, rows: Rows) -> dict:
-    """All that decides a run's numbers, as plain values. The checksum is of the rows' order, lengths and tasks."""
+    """All that decides a run's numbers, as plain values. Checksums: of the rows' lengths and tasks, and splits, in order."""
     kept = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(s).items() if k not in FREE_ON_RESUME}
     return kept | {"ranks": ranks.world, "rows": len(rows), "seconds": round(float(rows.seconds.sum(dtype=float)), 2),
-                   "tasks": rows.tasks, "checksum": zlib.crc32(rows.seconds, zlib.crc32(rows.task))}
+                   "tasks": rows.tasks, "checksum": zlib.crc32(rows.seconds, zlib.crc32(rows.task)),
+                   "splits": [*rows.splits, zlib.crc32(rows.split)]}
 
 
 # ---------------------------------------------------------------- reports
@@ -369,7 +373,7 @@ def peak_memory(device) -> float:
     """GiB at most so far: of the GPU, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
 
 
 @torch.no_grad()
@@ -414,11 +418,13 @@ def ask(s: Settings, model, ranks: Ranks, batches: Batches, specs) -> list[dict]
 def report(t: "Trainer") -> dict[str, float]:
     """Held-out losses (beside those before training) and a few answers, on the console and in metrics.jsonl."""
     s, ranks, place = t.s, t.ranks, f"step {t.step}/{t.s.steps}"
+    if not t.held_out:
+        return {}
     losses = evaluate(s, t.model, ranks, t.batches, t.held_out)
     t.log.write(t.step, held_out=losses)
-    was = lambda task: f"{t.before[task]:.3f} -> " if t.before else ""
+    was = lambda task: f"{t.before[task]:.3f} -> " if task in (t.before or {}) else ""
     ranks.say(f"{place}  held-out loss: " + "  ".join(f"{task} {was(task)}{v:.3f}" for task, v in losses.items()))
-    if s.samples and t.held_out and ranks.rank == 0:
+    if s.samples and ranks.rank == 0:
         answers = ask(s, t.model, ranks, t.batches, t.held_out)
         plain = lambda text: " ".join(text.casefold().strip(" .!?\"'").split())
         right = sum(plain(a["truth"]) == plain(a["answer"]) for a in answers)
@@ -474,6 +480,8 @@ def make_sampler(s: Settings, rows: Rows, ranks: Ranks) -> Sampler:
         weights = {k: float(v) for k, v in (w.rsplit("=", 1) for w in s.task_weights)}
     except ValueError:
         raise ValueError(f"--task-weights takes TASK=NUMBER, not {' '.join(s.task_weights)}") from None
+    if missing := [split for split in s.train_split if split not in rows.splits]:
+        raise ValueError(f"no row has split {missing[0]!r} (--train-split)")
     index = np.concatenate([rows.where(split) for split in s.train_split])
     return Sampler(rows, index, s.batch_seconds, s.seed, s.temperature, weights, ranks.rank, ranks.world)
 
@@ -516,6 +524,8 @@ class Trainer:
                              "machines share")
         if checkpoint and not s.resume:
             raise ValueError(f"{s.out} holds a run already: add --resume to go on with it, or choose another --out")
+        if not checkpoint and Path(s.out, "encoder", "config.json").exists():
+            raise ValueError(f"{s.out} holds a finished run's encoder, but no checkpoint: choose another --out, or remove it")
         if s.resume and not checkpoint:
             self.ranks.say(f"{s.out} has no finished checkpoint yet: starting at step 0")
         self.rows = open_data(s, self.ranks)
@@ -624,13 +634,16 @@ def introduce(t: Trainer) -> None:
 
 
 def complain(t: Trainer, batches, parts, norm: float) -> None:
-    """An update was left out: log the rows, of all ranks, whose loss is not finite; if there is none, all rows."""
+    """An update was left out: log the rows, of all ranks, whose loss is not finite; if there is none, all rows (in fp16
+    none: the loss scale was too large)."""
     finite = [(i, math.isfinite(x)) for b, (losses, _) in zip(batches, parts) for i, x in zip(b.rows, losses.tolist())]
     gathered = t.ranks.gather(finite)
     if t.ranks.rank == 0:
         pairs = dict(pair for part in gathered for pair in part)  # row number -> is its loss finite
-        names = [t.rows.name(i) for i in [i for i, fine in pairs.items() if not fine] or pairs]
-        print(f"step {t.step}: gradient norm is {norm}, update left out; rows: {', '.join(names)}", file=sys.stderr, flush=True)
+        bad = [i for i, fine in pairs.items() if not fine]
+        names = [t.rows.name(i) for i in bad or ([] if t.s.precision == "fp16" else pairs)]
+        print(f"step {t.step}: gradient norm is {norm}, update left out; rows: {', '.join(names) or 'none'}", file=sys.stderr,
+              flush=True)
         t.log.write(t.step, non_finite=str(norm), rows=names)
     if t.bad >= BAD_STEPS_IN_A_ROW * (5 if t.s.precision == "fp16" else 1):
         raise ArithmeticError(f"{t.bad} updates in a row were not finite; lower the learning rates or look at the rows "
@@ -645,6 +658,8 @@ def main():
         if text.startswith("Caught "):  # in a worker, with its whole traceback: the last line has the error's class and text
             text = text.strip().splitlines()[-1].partition(": ")[2]
         sys.exit(f"error: {text}")
+    except torch.OutOfMemoryError as e:  # of a GPU
+        sys.exit(f"error: {str(e).splitlines()[0]} Lower --batch-seconds (and raise --accumulate), or add --checkpoint-layers")
 
 
 if __name__ == "__main__":

@@ -170,8 +170,8 @@ def _run_layer(module, layer, *args, **more):
 def attend(q, k, v, attn_mask=None, is_causal: bool = False):
     """Attention (B, H, L, D / H). While training in half precision on a CPU by plain products, scores in float32 as in the
     fused kernel, as long as they fit into its cache: the fused backward takes up to five times as long there."""
-    few = q.shape[:3].numel() * k.shape[2] <= 2**22  # scores; 16 MiB
-    if not (few and q.device.type == "cpu" and q.dtype != torch.float32 and q.requires_grad):
+    half = q.device.type == "cpu" and q.dtype != torch.float32 and q.requires_grad
+    if not (half and q.shape[:3].numel() * k.shape[2] <= 2**22):  # scores; 16 MiB
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal)
     with torch.autocast("cpu", enabled=False):  # it would round the scores
         scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().mT  # (B, H, L, L)
@@ -321,7 +321,8 @@ def save_encoder(encoder: WhisperEncoder, folder, source=None) -> None:
         for path in Path(source).glob("*"):
             if path.suffix in (".json", ".txt") and ".index." not in path.name and path.name != "config.json":
                 shutil.copy(path, folder / path.name)
-    config = encoder.config | {"model_type": "whisper", "torch_dtype": "float32"}
+    config = {k: v for k, v in encoder.config.items() if k != "dtype"}  # transformers 5 would believe it before torch_dtype
+    config |= {"model_type": "whisper", "torch_dtype": "float32"}
     config.setdefault("architectures", ["WhisperForConditionalGeneration"])
     preprocessor = {"feature_extractor_type": "WhisperFeatureExtractor", "feature_size": encoder.n_mels,
                     "sampling_rate": SAMPLE_RATE, "hop_length": HOP, "n_fft": N_FFT, "chunk_length": 30,
@@ -361,7 +362,7 @@ class QwenAttention(nn.Module):
             rows = torch.arange(len(x), device=x.device)[:, None]
             for stored, new in zip(cache, (k, v)):
                 stored[rows, positions] = new
-            k, v = (stored[:, : mask.shape[-1]] for stored in cache)
+            k, v = cache
         if self.groups > 1:
             k, v = k.repeat_interleave(self.groups, 2), v.repeat_interleave(self.groups, 2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

@@ -118,13 +118,13 @@ def succeed(*runs: Run) -> Run:
     return runs[0]
 
 
-def start_pair(argv, patch=dict) -> list[Run]:
-    """Two ranks, as torchrun starts them; the patch is rank 0's."""
+def start_ranks(argv, patch=dict, n=2) -> list[Run]:
+    """Ranks, as torchrun starts them; the patch is rank 0's."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    return [Run(argv, patch if rank == 0 else dict, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
-                MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in range(2)]
+    return [Run(argv, patch if rank == 0 else dict, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n),
+                MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in range(n)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -350,17 +350,19 @@ def test_torchrun_equals_one_process(world, tmp_path):
 
 
 def test_ranks_with_the_example_loss_resume_exactly(world, tmp_path):
+    """Three, for a + b is b + a, but (a + b) + c is not a + (b + c)."""
     same = dict(steps=4, freeze_encoder=0, save_every=1, log_every=1, loss="example")
-    one = Run(options(world, tmp_path / "one", **same, accumulate=4))
-    succeed(one, *start_pair(options(world, tmp_path / "two", **same, accumulate=2)))
-    assert_close_runs(tmp_path / "one", tmp_path / "two", 4)
+    one = Run(options(world, tmp_path / "one", **same, accumulate=6))
+    succeed(one, *start_ranks(options(world, tmp_path / "three", **same, accumulate=2), n=3))
+    assert_close_runs(tmp_path / "one", tmp_path / "three", 4)
 
     argv = options(world, tmp_path / "killed", **same, accumulate=2)
-    main, other = start_pair(argv, partial(kill_in_save, 3))
+    main, *others = start_ranks(argv, partial(kill_in_save, 3), n=3)
     assert main.wait().code == -signal.SIGKILL
-    other.process.kill()  # as torchrun does
-    succeed(*start_pair([*argv, "--resume"]))
-    assert_same_run(tmp_path / "two", tmp_path / "killed", 4)
+    for other in others:
+        other.process.kill()  # as torchrun does
+    succeed(*start_ranks([*argv, "--resume"], n=3))
+    assert_same_run(tmp_path / "three", tmp_path / "killed", 4)
 
 
 # ---------------------------------------------------------------- killed and resumed
@@ -455,9 +457,12 @@ def test_resume_wants_the_same_settings(undisturbed, world, tmp_path, capsys):
     assert "rows was 60, is 59" in error(capsys, *options(world, out, resume=True, data=fewer))
     turned = write_manifest(world.folder / "turned.jsonl", world.rows[::-1])  # other numbers for the same rows
     assert "checksum was " in error(capsys, *options(world, out, resume=True, data=turned))
+    swap = {"train": "valid", "valid": "train"}
+    swapped = write_manifest(world.folder / "swap.jsonl", [r | {"split": swap.get(r["split"], "test")} for r in world.rows])
+    assert "splits was " in error(capsys, *options(world, out, resume=True, data=swapped))
     trainer = step_folder(out, STEPS) / "trainer.pt"
     state = torch.load(trainer)
-    for newer in ("loss", "task_weights", "checksum"):  # a checkpoint from before there were these: they had the default
+    for newer in ("loss", "task_weights", "checksum", "splits"):  # a checkpoint from before there were these: they had the default
         del state["settings"][newer]
     torch.save(state, trainer)
     assert "loss was 'token', is 'example'" in error(capsys, *options(world, out, resume=True, loss="example"))
@@ -469,6 +474,23 @@ def test_resume_wants_the_same_settings(undisturbed, world, tmp_path, capsys):
 def test_a_valid_split_that_no_row_has_is_said(world, tmp_path):
     run = succeed(Run(options(world, tmp_path / "run", valid_split="dev", steps=1)))
     assert "no row has split 'dev' (--valid-split): no held-out loss" in run.out
+    assert "held-out loss:" not in run.out and not any("held_out" in line for line in metrics(tmp_path / "run"))
+
+
+def test_a_finished_run_without_checkpoints_is_not_overwritten(undisturbed, world, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(undisturbed.out / "encoder", out / "encoder")
+    for resume in (True, False):
+        assert "holds a finished run's encoder, but no checkpoint" in error(capsys, *options(world, out, resume=resume))
+
+
+def test_a_task_that_could_not_be_read_at_the_start_is_reported_later(monkeypatch):
+    monkeypatch.setattr(train, "evaluate", lambda *a: {"old": 1.0, "new": 2.0})
+    said = []
+    t = SimpleNamespace(s=SimpleNamespace(samples=0, steps=9), step=5, held_out=[(0, [0])], before={"old": 3.0}, model=None,
+                        batches=None, ranks=SimpleNamespace(rank=0, say=said.append), log=SimpleNamespace(write=lambda *a, **k: 0))
+    train.report(t)
+    assert said == ["step 5/9  held-out loss: old 3.000 -> 1.000  new 2.000"]
 
 
 # ---------------------------------------------------------------- guards
@@ -506,7 +528,7 @@ def test_dirty_data_is_named_and_left_out(world, tmp_path):
     rows[nan]["audio"], rows[text]["audio"], rows[gone]["audio"] = loud(world.folder, "clips/loud.wav"), "clips/text.wav", "gone.wav"
     (world.folder / "clips/text.wav").write_text("not audio")
     data = write_manifest(world.folder / "dirty.jsonl", rows)
-    both = start_pair(options(world, tmp_path / "run", **more, data=data))
+    both = start_ranks(options(world, tmp_path / "run", **more, data=data))
     succeed(*both)
     said, lines = both[0].err + both[1].err, metrics(tmp_path / "run")
     assert f"skipped: {data}:{text + 1} (clips/text.wav): " in said
