@@ -4,7 +4,7 @@
 set -euo pipefail
 weights=$1 suite=$2 out=$3 seed=${4:-0}
 here=$(dirname "$0")/..
-classes=$(printf "$suite/%s.jsonl " language speaker_count voice command instrument pitch drum game_sound)
+classes=("$suite"/{language,speaker_count,voice,command,instrument,pitch,drum,game_sound}.jsonl)
 
 [ -f "$out/encoder/config.json" ] || python "$here/train.py" --resume --seed "$seed" \
     --data "$suite"/*.jsonl --out "$out" --encoder "$weights/whisper-base" --decoder "$weights/qwen2.5-0.5b" --stack 8 \
@@ -16,7 +16,7 @@ encoders=("$weights/whisper-base" "$out/encoder")
 for share in 0.25 0.5 0.75; do
     python "$here/uniwhisper.py" export --run "$out" "$out/blend-$share" --blend $share
 done
-python "$here/probe.py" --encoder "$weights/whisper-base" "$out"/blend-* "$out/encoder" --data $classes --precision bf16 \
+python "$here/probe.py" --encoder "$weights/whisper-base" "$out"/blend-* "$out/encoder" --data "${classes[@]}" --precision bf16 \
     --json "$out/probe.json"
 python "$here/tests/outside.py" words --encoder "${encoders[@]}" --run "$out" --data "$suite/transcribe.jsonl" --clips 100 \
     --json "$out/words.json"
