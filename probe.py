@@ -17,7 +17,7 @@ import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -789,16 +789,15 @@ def plot(results: dict, path) -> None:
 # ---------------------------------------------------------------- command line
 
 def _flag(default, help, **more):
-    start = {"default_factory": list} if default == [] else {"default": default}
-    return field(**start, metadata={"help": help, **({"nargs": "+"} if default == [] else {}), **more})
+    return field(default=default, metadata={"help": help} | ({"nargs": "+"} if default == () else {}) | more)
 
 
 @dataclass(frozen=True)
 class Settings:
-    encoder: list = _flag([], "Whisper folders, or OUT/encoder of runs; compared with the first", required=True)
-    data: list = _flag([], "manifests and tars as data.py reads them; globs work")
+    encoder: tuple = _flag((), "Whisper folders, or OUT/encoder of runs; compared with the first", required=True)
+    data: tuple = _flag((), "manifests and tars as data.py reads them; globs work")
     xares: str = _flag(None, "folder of X-ARES downloads: XARES/esc50/*.tar, ...")
-    tasks: list = _flag([], "score these tasks only")
+    tasks: tuple = _flag((), "score these tasks only")
     decoder: str = _flag(None, "Qwen folder for transcription tasks; without it they are left out")
     context: str = _flag("clip", "encode clips as long as they are, or padded to 30 s, as Whisper was trained",
                          choices=["clip", "30s"])
@@ -819,9 +818,8 @@ class Settings:
 def parse_settings(argv=None) -> Settings:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for f in fields(Settings):
-        default = [] if f.default is MISSING else f.default
-        shown = {} if default in (None, []) else {"help": f"{f.metadata['help']} ({default})"}
-        p.add_argument("--" + f.name.replace("_", "-"), default=default, **f.metadata | shown)
+        shown = {} if f.default in (None, ()) else {"help": f"{f.metadata['help']} ({f.default})"}
+        p.add_argument("--" + f.name.replace("_", "-"), default=f.default, **f.metadata | shown)
     return Settings(**vars(p.parse_args(argv)))
 
 
