@@ -1,16 +1,34 @@
 #!/usr/bin/env bash
-# Does the encoder gain on a task that it never saw? The recipe for 150 updates without one task, scored on that task:
-# tests/transfer.sh WEIGHTS SUITE OUT
+# What each choice of the recipe does: the recipe for 150 updates, one thing changed at a time, scored on all class tasks;
+# and transfer: one task left out, scored on that task. Runs that are done are not repeated.
+# tests/ablations.sh WEIGHTS SUITE OUT
 set -euo pipefail
 weights=$1 suite=$2 out=$3
 here=$(dirname "$0")/..
+classes="language speaker_count voice command instrument pitch drum game_sound"
 mixture="pitch=2 instrument=1 game_sound=1 drum=1 voice=1 speaker_count=1 language=1 command=1 transcribe=1"
 
-for task in instrument game_sound drum; do
-    [ -f "$out/no_$task/encoder/config.json" ] || python "$here/train.py" --resume \
-        --data "$suite"/*.jsonl --out "$out/no_$task" --encoder "$weights/whisper-base" --decoder "$weights/qwen2.5-0.5b" \
+run() {  # NAME "PROBE TASKS" "TASK WEIGHTS" FLAGS...; the later of two equal flags counts
+    local name=$1 mixture=$3 data=() task
+    for task in $2; do data+=("$suite/$task.jsonl"); done
+    shift 3
+    [ -f "$out/$name/encoder/config.json" ] || python "$here/train.py" --resume \
+        --data "$suite"/*.jsonl --out "$out/$name" --encoder "$weights/whisper-base" --decoder "$weights/qwen2.5-0.5b" \
         --stack 8 --steps 150 --batch-seconds 32 --loss example --lr-encoder 1.5e-4 --lr-adapter 1e-3 --freeze-encoder 20 \
-        --warmup 20 --eval-every 150 --eval-clips 24 --save-every 150 --samples 0 --workers 1 --task-weights ${mixture/$task=1/}
-    python "$here/probe.py" --encoder "$weights/whisper-base" "$out/no_$task/encoder" --data "$suite/$task.jsonl" --precision bf16 \
-        --json "$out/no_$task.json"
+        --warmup 20 --eval-every 150 --eval-clips 24 --save-every 150 --samples 0 --workers 1 ${mixture:+--task-weights $mixture} "$@"
+    [ -f "$out/$name.json" ] || python "$here/probe.py" --encoder "$out/$name/encoder" --precision bf16 \
+        --data "${data[@]}" --json "$out/$name.json"
+}
+
+run recipe "$classes" "$mixture"
+run loss_token "$classes" "$mixture" --loss token
+run stack_4 "$classes" "$mixture" --stack 4
+run without_transcribe "$classes" "${mixture/transcribe=1/}"
+run by_square_root_of_size "$classes" ""
+run encoder_rate_3e-4 "$classes" "$mixture" --lr-encoder 3e-4
+run no_adapter_warm-up "$classes" "$mixture" --freeze-encoder 0
+run seed_1 "$classes" "$mixture" --seed 1
+run stack_2 "$classes" "$mixture" --stack 2
+for task in instrument game_sound drum; do
+    run "without_$task" "$task" "${mixture/$task=1/}"
 done
