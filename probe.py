@@ -246,9 +246,9 @@ def _gradients(params, x, y, positive_weight: float) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def predict(params: list[torch.Tensor], x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+def predict(params: list[torch.Tensor], x: torch.Tensor, rows: torch.Tensor, prepare=_inputs) -> torch.Tensor:
     """Scores (len(rows), C) of one probe for rows of the features x (N, D)."""
-    return torch.cat([_forward([p[None] for p in params], _inputs(x[r])[None])[1][0] for r in rows.split(65536)])
+    return torch.cat([_forward([p[None] for p in params], prepare(x[r])[None])[1][0] for r in rows.split(65536)])
 
 
 @torch.no_grad()
@@ -265,7 +265,8 @@ def fit_probes(x, y, runs, measure, classes: int, hidden=0, epochs=30, batch=32,
               for a, b in zip(sizes, sizes[1:])]  # (R, in + 1, out), the last row the bias, as nn.Linear begins
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in params]
     longest, step = max(len(train) for train, _, _ in runs), 0
-    inputs = _inputs(x) if x.dtype == torch.float32 else None  # frame features are too many to be held twice
+    # Once for all epochs; but frame features, in half precision, are too many to be held twice.
+    x, prepare = (_inputs(x), lambda x: x) if x.dtype == torch.float32 else (x, _inputs)
     best, chosen, epoch_of = [-1.0] * len(runs), [None] * len(runs), [0] * len(runs)
     for epoch in range(epochs):
         # A smaller fold begins its shuffled rows again, so that all probes take the same number of steps.
@@ -273,8 +274,8 @@ def fit_probes(x, y, runs, measure, classes: int, hidden=0, epochs=30, batch=32,
                              for (train, _, _), g in zip(runs, draws)])  # (R, longest)
         for rows in order.split(batch * max(1, 2048 // batch), dim=1):  # fetched many batches at a time
             take = lambda t: t.index_select(0, rows.flatten()).unflatten(0, rows.shape)
-            seen = _inputs(take(x)) if inputs is None else take(inputs)
-            for xs, ys in zip(seen.split(batch, dim=1), take(y).split(batch, dim=1)):  # (R, B, D + 1), (R, B, ...)
+            seen, truth = prepare(take(x)).split(batch, dim=1), take(y).split(batch, dim=1)
+            for xs, ys in zip(seen, truth):  # (R, B, D + 1), (R, B) or (R, B, C)
                 step += 1
                 unbias, rate = math.sqrt(1 - 0.999**step), _rate(lr, epoch, epochs) / (1 - 0.9**step)
                 for p, g, (m, v) in zip(params, _gradients(params, xs, ys, positive_weight), moments):  # Adam
@@ -282,7 +283,7 @@ def fit_probes(x, y, runs, measure, classes: int, hidden=0, epochs=30, batch=32,
                     v.lerp_(g.square_(), 0.001)
                     p.addcdiv_(m, v.sqrt().add_(1e-8 * unbias), value=-rate * unbias)
         for r, (_, valid, _) in enumerate(runs):
-            value = measure(predict([p[r] for p in params], x, valid), valid)
+            value = measure(predict([p[r] for p in params], x, valid, prepare), valid)
             if value >= best[r]:  # assumption: of equal epochs the last, which has trained longest
                 best[r], epoch_of[r], chosen[r] = value, epoch + 1, [p[r].clone() for p in params]
     return chosen, epoch_of
