@@ -23,4 +23,4 @@ python "$here/probe.py" --encoder "$weights/whisper-base" "$out"/blend-* "$out/e
     --eval-clips 1 --samples 0 --workers 0  # a run that learns nothing
 python "$here/tests/outside.py" words --encoder "${encoders[@]}" --run "$out/before" "$out" --data "$suite/transcribe.jsonl" --clips 100 \
     --json "$out/words.json"
-python "$here/tests/outside.py" knn --encoder "${encoders[@]}" --data "$suite"/{drum,voice,game_sound}.jsonl --json "$out/neighbours.json"
+python "$here/tests/outside.py" knn --encoder "${encoders[@]}" --data "$suite"/{drum,voice,game_sound,pitch,instrument}.jsonl --json "$out/neighbours.json"
