@@ -577,6 +577,7 @@ def held_out(rows: Rows, split: str, per_task: int, batch_seconds: float, seed: 
 # ---------------------------------------------------------------- command line
 
 def main():
+    """Say what manifests and tars hold; bad rows, and with --decode bad clips, are named and make the exit code 1."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("data", nargs="+", help="manifests (.jsonl) and tars; globs work")
     p.add_argument("--decode", action="store_true", help="decode every clip, name those that cannot be read")
