@@ -70,7 +70,8 @@ class AudioError(ValueError):
 
 
 def read_audio(source, max_seconds: float | None = None, name: str | None = None) -> torch.Tensor:
-    """A file's path or its bytes, of any rate, channel count and format -> (S,) float32 at 16 kHz, channels averaged."""
+    """A file's path or its bytes, of any rate, channel count and format
+    -> (S,) float32 at 16 kHz, channels averaged."""
     name = source if name is None and not isinstance(source, bytes) else name or "audio"
     if not isinstance(source, bytes):
         if not os.path.isfile(source):
@@ -82,7 +83,8 @@ def read_audio(source, max_seconds: float | None = None, name: str | None = None
         with sf.SoundFile(io.BytesIO(source)) as f:
             rate, frames, seconds = f.samplerate, f.frames, f.frames / f.samplerate
             if frames > UNKNOWN:
-                raise AudioError(f"{name}: its header does not tell its length (FLAC written to a pipe?); write it again")
+                raise AudioError(f"{name}: its header does not tell its length (FLAC written to a pipe?); "
+                                 "write it again")
             if max_seconds is not None and seconds > max_seconds + 1e-3:
                 raise AudioError(f"{name}: {seconds:.1f} s, longer than --max-seconds {max_seconds:g}; cut it or raise "
                                  "the limit")
@@ -126,7 +128,8 @@ def _sinc_kernel(old: int, new: int, zeros: int = 64, attenuation: float = 80.0)
     reach = math.ceil(zeros * old / cutoff)
     taps = torch.arange(-reach, old + reach, dtype=torch.float64)[:, None]  # input samples around one block of `old`
     t = (taps / old - torch.arange(new, dtype=torch.float64) / new) * cutoff  # in zero crossings
-    window = torch.special.i0(beta * (1 - (t / zeros).square()).clamp(min=0).sqrt()) / torch.special.i0(torch.tensor(beta))
+    window = (torch.special.i0(beta * (1 - (t / zeros).square()).clamp(min=0).sqrt())
+              / torch.special.i0(torch.tensor(beta)))
     kernel = torch.where(t.abs() < zeros, torch.sinc(t) * window, 0.0) * cutoff / old
     return kernel.float(), reach
 
@@ -193,7 +196,8 @@ class Rows:
     def _check(self, row, where, seconds_of):
         """(seconds, task number, split number) of a parsed row, or None where it is left out or bad."""
         self._seen += 1
-        task, split = (usual if row.get(key) is None else str(row[key]) for key, usual in (("task", ""), ("split", "train")))
+        task, split = (usual if row.get(key) is None else str(row[key])
+                       for key, usual in (("task", ""), ("split", "train")))
         if self._keep is not None and split not in self._keep:
             return None
         if self._answers:
@@ -208,8 +212,8 @@ class Rows:
         if not isinstance(seconds, (int, float)) or not 0 <= seconds < math.inf:
             return self._problem(where, f"seconds is {seconds!r}; need a number")
         if self._max_seconds is not None and seconds > self._max_seconds + 1e-3:
-            return self._problem(where, f"{seconds:g} s, longer than --max-seconds {self._max_seconds:g}; cut it or raise "
-                                        "the limit")
+            return self._problem(where, f"{seconds:g} s, longer than --max-seconds {self._max_seconds:g}; "
+                                        "cut it or raise the limit")
         numbers = (names.setdefault(name, len(names)) for names, name in zip(self._numbers, (task, split)))
         return seconds, *numbers
 
@@ -245,14 +249,16 @@ class Rows:
                         continue
                     part = waiting.setdefault(key, {})
                     if kind in part:
-                        self._problem(f"{path}: {member.name}", "comes twice before its partner; give each clip its own key")
+                        self._problem(f"{path}: {member.name}",
+                                      "comes twice before its partner; give each clip its own key")
                     part[kind] = member.offset_data - 512, member.offset_data, member.size
                     if len(part) == 2:
                         del waiting[key]
                         yield from self._check_member(path, key, part)
                 rest = os.path.getsize(path) - tar.offset  # tarfile stops at what is no header: should be empty blocks
                 if not 512 <= rest <= 2**20 or self._pread(path, rest, tar.offset).strip(b"\0"):
-                    self._problem(path, f"cut short, damaged or several tars in one, after {tar.offset} bytes; fetch it again")
+                    self._problem(path, f"cut short, damaged or several tars in one, after {tar.offset} bytes; "
+                                        "fetch it again")
         except (tarfile.ReadError, EOFError) as e:
             self._problem(path, f"not a plain tar, or cut short ({e}); unpack a .gz first, else fetch it again")
         for key, part in waiting.items():
@@ -272,7 +278,8 @@ class Rows:
             yield part["json"][0], part["audio"][0], *checked
 
     def _pread(self, path, size, at) -> bytes:
-        with open(path, "rb", buffering=0) as f:  # opened anew each time: there may be more shards than open files allowed
+        # Opened anew each time: there may be more shards than open files allowed.
+        with open(path, "rb", buffering=0) as f:
             return os.pread(f.fileno(), size, at)
 
     def _header(self, path, at) -> tarfile.TarInfo:
@@ -396,7 +403,8 @@ class Sampler:
     """
 
     POOL = 64  # batches
-    JITTER = 0.1  # lengths are compared up to this share: costs some padding, keeps tasks of one length from filling a batch
+    # lengths are compared up to this share: costs some padding, keeps tasks of one length from filling a batch
+    JITTER = 0.1
 
     def __init__(self, rows: Rows, index, batch_seconds: float, seed: int = 0, temperature: float = 2.0,
                  weights: dict | None = None, rank: int = 0, world: int = 1):
@@ -458,7 +466,8 @@ class Sampler:
 
 
 def cut(rows, seconds, limit: float) -> list[list[int]]:
-    """Rows, about sorted by length -> runs of at most `limit` seconds each, padding counted; a longer row stands alone."""
+    """Rows, about sorted by length -> runs of at most `limit` seconds each, padding counted;
+    a longer row stands alone."""
     runs, longest = [], 0.0
     for row, s in zip(rows, np.maximum(seconds, SHORTEST)):
         longest = max(longest, s)

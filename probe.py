@@ -408,7 +408,8 @@ class Task:
 
     def members(self, clip: Clip) -> set[str]:
         """A clip's classes."""
-        return {v[2] for v in clip.label} if self.frames else {*clip.label} if self.spec.metric == "mAP" else {clip.label}
+        return ({v[2] for v in clip.label} if self.frames
+                else {*clip.label} if self.spec.metric == "mAP" else {clip.label})
 
     @property
     def classes(self) -> list[str]:
@@ -460,8 +461,8 @@ def manifest_tasks(rows: Rows) -> list[Task]:
                 raise ValueError(f"metric is {spec.metric!r}; with {kind} it can be {' or '.join(FITS[kind])}")
             task = tasks.setdefault(row["task"], Task(row["task"], spec, []))
             if spec != task.spec:
-                raise ValueError(f"domain {spec.domain}, {kind}, metric {spec.metric}; its task {task.name} begins with "
-                                 f"{task.spec.domain}, {task.spec.label}, {task.spec.metric}")
+                raise ValueError(f"domain {spec.domain}, {kind}, metric {spec.metric}; its task {task.name} begins "
+                                 f"with {task.spec.domain}, {task.spec.label}, {task.spec.metric}")
             split = "train" if row.get("split") is None else str(row["split"])
             if split not in ("train", "valid", "test") and not split.isdigit():
                 raise ValueError(f"split is {split!r}; need train, valid, test or a fold's number")
@@ -618,12 +619,14 @@ def extract(encoder, task: Task, s, say):
             if time.time() - said > 10:
                 said, done = time.time(), sum(t for t, p in zip(work, parts) if p)
                 share, speed = done / sum(work), done / (said - began)
-                say(f"{task.name}: {share:.0%} encoded, {speed:.0f} x real time, {(sum(work) - done) / speed:.0f} s left")
+                say(f"{task.name}: {share:.0%} encoded, {speed:.0f} x real time, "
+                    f"{(sum(work) - done) / speed:.0f} s left")
     if len(failed) > 0.01 * len(task.clips):
         raise ValueError(f"{task.name}: {len(failed)} of {len(task.clips)} clips cannot be read, over 1 %: {failed[0]}")
     clip = torch.cat([torch.full((len(p[k]),), n) for n, p in enumerate(parts) for k in sorted(p)])
     x, at = features.new_empty(len(clip), features.shape[1]), 0
-    for features in (p.pop(k) for p in parts for k in sorted(p)):  # each is freed once it is copied: frame tasks are large
+    # Each is freed once it is copied: frame tasks are large.
+    for features in (p.pop(k) for p in parts for k in sorted(p)):
         x[at : at + len(features)] = features
         at += len(features)
     return x, clip, failed
@@ -631,8 +634,8 @@ def extract(encoder, task: Task, s, say):
 
 def cached_features(encoder, mark: str, task: Task, s, say):
     """`extract`, kept on disk under a hash of all that its result depends on; mark: the encoder's fingerprint."""
-    key = [mark, s.context, s.layer, None if task.frames else s.pool, s.precision, s.device, task.spec.crop, task.frames,
-           [_stamp(c) for c in task.clips]]
+    key = [mark, s.context, s.layer, None if task.frames else s.pool, s.precision, s.device, task.spec.crop,
+           task.frames, [_stamp(c) for c in task.clips]]
     digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()
     path = Path(s.cache, re.sub(r"[^\w.-]", "_", task.name) + f"-{digest}.safetensors")
     if path.exists():
@@ -694,7 +697,8 @@ def score(task: Task, x, clip, s, encoder=None) -> dict:
 
 
 @torch.no_grad()
-def knn_scores(encoder, tasks: list[Task], train_clips=300, test_clips=200, split="valid", **settings) -> dict[str, float]:
+def knn_scores(encoder, tasks: list[Task], train_clips=300, test_clips=200, split="valid",
+               **settings) -> dict[str, float]:
     """{task: kNN score} of an encoder in training: cheap, for it looks at few clips a task, always the same.
 
     Class and tagging tasks are scored on `split` (what a run is watched by should not be test), where a task has none
@@ -730,7 +734,8 @@ def averages(scores: dict) -> dict:
     for domain in [*dict.fromkeys(r["domain"] for r in scores.values()), "all"]:
         out[domain] = {}
         for key in ("knn", "mlp"):
-            mine = [(r[key], r["weight"]) for r in scores.values() if domain in (r["domain"], "all") and r[key] is not None]
+            mine = [(r[key], r["weight"]) for r in scores.values()
+                    if domain in (r["domain"], "all") and r[key] is not None]
             out[domain][key] = sum(v * w for v, w in mine) / sum(w for _, w in mine) if mine else None
             out[domain][key + "_plain"] = sum(v for v, _ in mine) / len(mine) if mine else None
     return out

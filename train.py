@@ -46,7 +46,8 @@ def flag(default, help, **more):
 @dataclass(frozen=True)
 class Settings:
     # data
-    data: tuple[str, ...] = flag((), "manifests (.jsonl) and tars; globs work. Without: the embedded example", nargs="+")
+    data: tuple[str, ...] = flag((), "manifests (.jsonl) and tars; globs work. Without: the embedded example",
+                                 nargs="+")
     train_split: tuple[str, ...] = flag(("train",), "splits to train on (a row without split is train)", nargs="+")
     valid_split: str = flag("valid", "split whose loss is reported, never trained on")
     max_seconds: float = flag(30.0, "longest clip")
@@ -54,7 +55,8 @@ class Settings:
     accumulate: int = flag(1, "batches per update and rank")
     # assumption: the paper does not say how it mixes tasks
     temperature: float = flag(2.0, "a task of n rows weighs n ** (1 / temperature)")
-    task_weights: tuple[str, ...] = flag((), "explicit mixture instead, as TASK=WEIGHT; other tasks are left out", nargs="+")
+    task_weights: tuple[str, ...] = flag((), "explicit mixture instead, as TASK=WEIGHT; other tasks are left out",
+                                         nargs="+")
     workers: int = flag(4, "processes per rank that read audio; the stream is the same for any number")
     # model; assumption: the paper names no sizes
     encoder: str = flag("", "Whisper folder to start from")
@@ -68,7 +70,8 @@ class Settings:
     freeze_encoder: int = flag(0, "first updates that train the adapter alone")
     weight_decay: float = flag(0.01, "AdamW's, on matrices")
     clip: float = flag(1.0, "largest gradient norm")
-    loss: str = flag("token", "mean over all answer tokens of an update, or over its clips", choices=("token", "example"))
+    loss: str = flag("token", "mean over all answer tokens of an update, or over its clips",
+                     choices=("token", "example"))
     precision: str = flag("", "default: bf16 where the device has it, else fp32", choices=tuple(PRECISIONS))
     seed: int = flag(0, "of the adapter, the sampler and the instructions")
     # speed and memory
@@ -84,7 +87,8 @@ class Settings:
     samples: int = flag(20, "held-out questions that the model answers at each evaluation")
     save_every: int = flag(500, "updates between checkpoints")
     keep: int = flag(2, "checkpoints kept")
-    probe_data: tuple[str, ...] = flag((), "manifests and tars for kNN probes of the encoder during training", nargs="+")
+    probe_data: tuple[str, ...] = flag((), "manifests and tars for kNN probes of the encoder during training",
+                                       nargs="+")
     probe_every: int = flag(500, "updates between these probes")
     resume: bool = flag(False, "go on from OUT's newest checkpoint")
 
@@ -93,9 +97,9 @@ class Settings:
 FREE_ON_RESUME = {"resume", "out", "workers", "log_every", "save_every", "keep", "checkpoint_layers",
                   "eval_every", "eval_clips", "samples", "probe_every", "probe_data", "data"}
 # The embedded example: what `python train.py` alone means.
-EXAMPLE = dict(encoder=str(HERE / "weights/tiny/encoder"), decoder=str(HERE / "weights/tiny/decoder"), out="out/example",
-               steps=600, batch_seconds=32.0, warmup=20, lr_encoder=1e-3, lr_adapter=2e-3, workers=1, threads=1, log_every=25,
-               eval_every=300, save_every=300, samples=36)
+EXAMPLE = dict(encoder=str(HERE / "weights/tiny/encoder"), decoder=str(HERE / "weights/tiny/decoder"),
+               out="out/example", steps=600, batch_seconds=32.0, warmup=20, lr_encoder=1e-3, lr_adapter=2e-3,
+               workers=1, threads=1, log_every=25, eval_every=300, save_every=300, samples=36)
 
 
 def parse(argv=None) -> Settings:
@@ -116,12 +120,13 @@ def parse(argv=None) -> Settings:
                  "eval_every", "save_every", "keep", "probe_every"):
         if not 0 < getattr(s, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(s, name)}; it must be above 0")
-    for name in ("threads", "workers", "samples", "eval_clips", "warmup", "freeze_encoder", "seed", "lr_encoder", "lr_adapter",
-                 "weight_decay"):
+    for name in ("threads", "workers", "samples", "eval_clips", "warmup", "freeze_encoder", "seed", "lr_encoder",
+                 "lr_adapter", "weight_decay"):
         if not 0 <= getattr(s, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(s, name)}; it must be 0 or more")
     if s.valid_split in s.train_split:
-        raise ValueError(f"--valid-split {s.valid_split} is also in --train-split: the held-out loss would be trained on")
+        raise ValueError(f"--valid-split {s.valid_split} is also in --train-split: "
+                         "the held-out loss would be trained on")
     device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device is cuda, but there is no GPU that torch can use")
@@ -160,8 +165,8 @@ class Ranks:
 
 
 def keep_freed_memory() -> None:
-    """Have the C library use again what a step frees. By default it gives it back to the kernel, and fetching it anew, page
-    by page, takes a tenth of a step on a CPU."""
+    """Have the C library use again what a step frees. By default it gives it back to the kernel, and fetching it anew,
+    page by page, takes a tenth of a step on a CPU."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None  # glibc's
     if mallopt:
         mallopt(-1, -1)  # M_TRIM_THRESHOLD: keep all
@@ -169,13 +174,15 @@ def keep_freed_memory() -> None:
 
 
 def start_ranks(s: Settings) -> Ranks:
+    """Join the processes that torchrun started, each with its own GPU where there are GPUs; else this one is alone."""
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if s.device == "cuda" else torch.device(s.device)
     if s.threads:
         torch.set_num_threads(s.threads)
     if device.type == "cuda":
         if local >= torch.cuda.device_count():
-            raise ValueError(f"process {local} of this machine finds {torch.cuda.device_count()} GPUs; lower --nproc-per-node")
+            raise ValueError(f"process {local} of this machine finds {torch.cuda.device_count()} GPUs; "
+                             "lower --nproc-per-node")
         torch.cuda.set_device(device)
     if world > 1:
         # The others wait while rank 0 asks, probes and saves.
@@ -227,7 +234,8 @@ def wrap(s: Settings, model: UniWhisper, ranks: Ranks, step: int):
     # DDP deals the gradients into new buckets after its first step, which in a resumed run is another one. Over three
     # ranks or more Gloo adds in an order that depends on a number's place in its bucket; with this flag they stay.
     fixed = ranks.world > 2 and ranks.device.type == "cpu"
-    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False, find_unused_parameters=fixed)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False,
+                                   find_unused_parameters=fixed)
 
 
 def autocast(s: Settings):
@@ -256,7 +264,8 @@ def save_checkpoint(s: Settings, model, state: dict, step: int) -> None:
         flush(folder)
     except Exception as e:  # safetensors and torch.save raise classes of their own when the disk is full
         shutil.rmtree(writing, ignore_errors=True)
-        raise OSError(f"cannot save {final}: {e}; make room and --resume from {newest_checkpoint(s.out) or 'the start'}") from e
+        raise OSError(f"cannot save {final}: {e}; make room and "
+                      f"--resume from {newest_checkpoint(s.out) or 'the start'}") from e
     for old in sorted(p for p in folder.glob("step-*") if p.name[5:].isdigit())[: -s.keep]:
         shutil.rmtree(old.rename(folder / f".old-{old.name}"), ignore_errors=True)  # in use: the next save tries again
 
@@ -285,19 +294,22 @@ def load_state(s: Settings, checkpoint: Path, ranks: Ranks, rows: Rows) -> dict:
     try:
         state = torch.load(checkpoint / "trainer.pt", map_location="cpu")
     except Exception as e:  # torch.load has many classes of errors for a damaged file
-        raise ValueError(f"{checkpoint}/trainer.pt is damaged ({str(e).splitlines()[0]}); remove {checkpoint} to resume from "
-                         "the one before") from None
+        raise ValueError(f"{checkpoint}/trainer.pt is damaged ({str(e).splitlines()[0]}); "
+                         f"remove {checkpoint} to resume from the one before") from None
     # A setting that is newer than the checkpoint had its default then.
     then, now = fixed_settings(Settings(), ranks, rows) | state["settings"], fixed_settings(s, ranks, rows)
     differ = [f"{k} was {then.get(k)!r}, is {v!r}" for k, v in now.items() if then.get(k) != v]
     if differ:
-        raise ValueError(f"--resume of {checkpoint} with other settings: {'; '.join(differ)}; use the same, or another --out")
+        raise ValueError(f"--resume of {checkpoint} with other settings: {'; '.join(differ)}; "
+                         "use the same, or another --out")
     return state
 
 
 def fixed_settings(s: Settings, ranks: Ranks, rows: Rows) -> dict:
-    """All that decides a run's numbers, as plain values. Checksums: of the rows' lengths and tasks, and splits, in order."""
-    kept = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(s).items() if k not in FREE_ON_RESUME}
+    """All that decides a run's numbers, as plain values.
+    Checksums: of the rows' lengths and tasks, and splits, in order."""
+    kept = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(s).items()
+            if k not in FREE_ON_RESUME}
     return kept | {"ranks": ranks.world, "rows": len(rows), "seconds": round(float(rows.seconds.sum(dtype=float)), 2),
                    "tasks": rows.tasks, "checksum": zlib.crc32(rows.seconds, zlib.crc32(rows.task)),
                    "splits": [*rows.splits, zlib.crc32(rows.split)]}
@@ -339,7 +351,8 @@ class Log:
 
     def write(self, step: int, **values) -> None:
         if self.ranks.rank == 0:
-            line = json.loads(json.dumps({"step": step, **values}), parse_constant=lambda nan: None)  # JSON knows no NaN
+            line = json.loads(json.dumps({"step": step, **values}),
+                              parse_constant=lambda nan: None)  # JSON knows no NaN
             with open(self.path, "a") as f:
                 f.write(json.dumps(line) + "\n")
 
@@ -353,14 +366,16 @@ class Log:
         rates = {"encoder": optimizer.param_groups[0]["lr"], "adapter": optimizer.param_groups[2]["lr"]}
         left = (now - self.start) / max(1, step - self.first) * (self.s.steps - step)
         tokens = sum(n for _, n in sums)
-        values = dict(loss=sum(a for a, _ in sums) / tokens if tokens else math.nan, tasks=per_task, norm=norm, lr=rates,
+        values = dict(loss=sum(a for a, _ in sums) / tokens if tokens else math.nan,
+                      tasks=per_task, norm=norm, lr=rates,
                       audio_seconds_per_second=audio / (now - self.mark), memory_gib=peak_memory(self.ranks.device),
                       skipped={t: int(n) for t, n in zip(self.tasks, skipped) if n})
         self.write(step, **values)
         self.ranks.say(f"step {step:>{len(str(self.s.steps))}}/{self.s.steps}  loss {values['loss']:.3f}  ("
                        + "  ".join(f"{t} {v:.2f}" for t, v in per_task.items())
                        + f")  lr {'/'.join(f'{r:.1e}' for r in rates.values())}  norm {norm:.2f}  "
-                       f"{values['audio_seconds_per_second']:.1f} s/s  {values['memory_gib']:.1f} GiB  left {clock(left)}")
+                       f"{values['audio_seconds_per_second']:.1f} s/s  {values['memory_gib']:.1f} GiB  "
+                       f"left {clock(left)}")
         self.sums.zero_()
         self.audio, self.mark = 0.0, now
 
@@ -525,7 +540,8 @@ class Trainer:
         if checkpoint and not s.resume:
             raise ValueError(f"{s.out} holds a run already: add --resume to go on with it, or choose another --out")
         if not checkpoint and Path(s.out, "encoder", "config.json").exists():
-            raise ValueError(f"{s.out} holds a finished run's encoder, but no checkpoint: choose another --out, or remove it")
+            raise ValueError(f"{s.out} holds a finished run's encoder, but no checkpoint: "
+                             "choose another --out, or remove it")
         if s.resume and not checkpoint:
             self.ranks.say(f"{s.out} has no finished checkpoint yet: starting at step 0")
         self.rows = open_data(s, self.ranks)
@@ -564,6 +580,8 @@ class Trainer:
 
 
 def train(s: Settings) -> None:
+    """A run from its settings, or from its newest checkpoint, to OUT/encoder. Raises OSError, ValueError for bad input,
+    ArithmeticError when too many updates in a row are not finite."""
     t = Trainer(s)
     ranks, log = t.ranks, t.log
     introduce(t)
@@ -599,8 +617,9 @@ def train(s: Settings) -> None:
         save_encoder(t.model.encoder, Path(s.out) / "encoder", s.encoder)
         ranks.say(f"{s.out}/encoder: the trained encoder, a Hugging Face Whisper folder")
     if ranks.world > 1:
-        # Gloo's threads must have let go of the last gradients before their group is freed: freeing it holds Python's lock
-        # and waits for them, and to free a tensor they need that lock. A barrier alone does not wait for both of its threads.
+        # Gloo's threads must have let go of the last gradients before their group is freed: freeing it holds Python's
+        # lock and waits for them, and to free a tensor they need that lock.
+        # A barrier alone does not wait for both of its threads.
         dist.barrier()
         time.sleep(1)
         dist.destroy_process_group()
@@ -613,7 +632,8 @@ def report_and_save(t: Trainer) -> None:
         report(t)
     if s.probe_data and t.step % s.probe_every == 0:
         probe(t)
-    # The checkpoint comes last: a run killed before it does this step's reports again, one killed after it has them all.
+    # The checkpoint comes last: a run killed before it does this step's reports again,
+    # one killed after it has them all.
     if t.step % s.save_every == 0 or t.step == s.steps:
         state = t.state()
         if t.ranks.rank == 0:
@@ -624,8 +644,9 @@ def report_and_save(t: Trainer) -> None:
 def introduce(t: Trainer) -> None:
     """Say what is going to be trained on what, and save it as config.json."""
     millions = lambda part: f"{sum(p.numel() for p in part.parameters()) / 1e6:.1f} M"
-    t.ranks.say(f"encoder {millions(t.model.encoder)}, adapter {millions(t.model.adapter)}, decoder {millions(t.model.decoder)} "
-                f"(frozen); {len(t.rows)} clips, {t.rows.seconds.sum(dtype=float) / 3600:.2f} h, {len(t.rows.tasks)} tasks; "
+    t.ranks.say(f"encoder {millions(t.model.encoder)}, adapter {millions(t.model.adapter)}, "
+                f"decoder {millions(t.model.decoder)} (frozen); {len(t.rows)} clips, "
+                f"{t.rows.seconds.sum(dtype=float) / 3600:.2f} h, {len(t.rows.tasks)} tasks; "
                 f"{t.ranks.world} x {t.s.device}, {t.s.precision}; from step {t.step}")
     if not t.held_out:
         t.ranks.say(f"no row has split {t.s.valid_split!r} (--valid-split): no held-out loss, no questions")
@@ -642,8 +663,8 @@ def complain(t: Trainer, batches, parts, norm: float) -> None:
         pairs = dict(pair for part in gathered for pair in part)  # row number -> is its loss finite
         bad = [i for i, fine in pairs.items() if not fine]
         names = [t.rows.name(i) for i in bad or ([] if t.s.precision == "fp16" else pairs)]
-        print(f"step {t.step}: gradient norm is {norm}, update left out; rows: {', '.join(names) or 'none'}", file=sys.stderr,
-              flush=True)
+        print(f"step {t.step}: gradient norm is {norm}, update left out; rows: {', '.join(names) or 'none'}",
+              file=sys.stderr, flush=True)
         t.log.write(t.step, non_finite=str(norm), rows=names)
     if t.bad >= BAD_STEPS_IN_A_ROW * (5 if t.s.precision == "fp16" else 1):
         raise ArithmeticError(f"{t.bad} updates in a row were not finite; lower the learning rates or look at the rows "
@@ -655,11 +676,13 @@ def main():
         train(parse())
     except (OSError, ValueError, ArithmeticError) as e:
         text = str(e)
-        if text.startswith("Caught "):  # in a worker, with its whole traceback: the last line has the error's class and text
+        if text.startswith("Caught "):
+            # in a worker, with its whole traceback: the last line has the error's class and text
             text = text.strip().splitlines()[-1].partition(": ")[2]
         sys.exit(f"error: {text}")
     except torch.OutOfMemoryError as e:  # of a GPU
-        sys.exit(f"error: {str(e).splitlines()[0]} Lower --batch-seconds (and raise --accumulate), or add --checkpoint-layers")
+        sys.exit(f"error: {str(e).splitlines()[0]} Lower --batch-seconds (and raise --accumulate), "
+                 "or add --checkpoint-layers")
 
 
 if __name__ == "__main__":

@@ -114,10 +114,12 @@ def check_sizes(config: dict, path, *keys) -> dict:
 
 
 def read_config(folder, model_types: tuple[str, ...], *keys) -> dict:
-    """config.json of a Hugging Face folder, with the sizes `keys`; refuses by name a model that is none of `model_types`."""
+    """config.json of a Hugging Face folder, with the sizes `keys`;
+    refuses by name a model that is none of `model_types`."""
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: {folder} is no Hugging Face checkpoint folder; see weights/README.md")
+        raise FileNotFoundError(f"{path} is missing: {folder} is no Hugging Face checkpoint folder; "
+                                "see weights/README.md")
     config = read_json(path)
     if config.get("model_type") not in model_types:
         raise ValueError(f"{path}: model_type is {config.get('model_type')!r}; need one of {', '.join(model_types)}")
@@ -168,8 +170,8 @@ def _run_layer(module, layer, *args, **more):
 
 
 def attend(q, k, v, attn_mask=None, is_causal: bool = False):
-    """Attention (B, H, L, D / H). While training in half precision on a CPU by plain products, scores in float32 as in the
-    fused kernel, as long as they fit into its cache: the fused backward takes up to five times as long there."""
+    """Attention (B, H, L, D / H). While training in half precision on a CPU by plain products, scores in float32 as in
+    the fused kernel, as long as they fit into its cache: the fused backward takes up to five times as long there."""
     half = q.device.type == "cpu" and q.dtype != torch.float32 and q.requires_grad
     if not (half and q.shape[:3].numel() * k.shape[2] <= 2**22):  # scores; 16 MiB
         return F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, is_causal=is_causal)
@@ -192,7 +194,8 @@ class WhisperAttention(nn.Module):
         self.v_proj, self.q_proj, self.out_proj = (nn.Linear(width, width) for _ in range(3))
 
     def forward(self, x, mask):
-        q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for p in (self.q_proj, self.k_proj, self.v_proj))
+        q, k, v = (p(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for p in (self.q_proj, self.k_proj, self.v_proj))
         y = attend(q, k, v, mask)  # (B, H, T, D / H)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
@@ -230,10 +233,11 @@ class WhisperEncoder(nn.Module):
     @classmethod
     def from_pretrained(cls, folder) -> "WhisperEncoder":
         """Read a Hugging Face Whisper folder (encoder alone or whole model), as float32."""
-        config = read_config(folder, ("whisper",), "d_model", "encoder_layers", "encoder_attention_heads", "encoder_ffn_dim",
-                             "num_mel_bins", "max_source_positions")
+        config = read_config(folder, ("whisper",), "d_model", "encoder_layers", "encoder_attention_heads",
+                             "encoder_ffn_dim", "num_mel_bins", "max_source_positions")
         if config.get("activation_function", "gelu") != "gelu":
-            raise ValueError(f"{folder}/config.json: activation_function is {config['activation_function']!r}; need 'gelu'")
+            raise ValueError(f"{folder}/config.json: activation_function is {config['activation_function']!r}; "
+                             "need 'gelu'")
         width, heads = config["d_model"], config["encoder_attention_heads"]
         if width % heads:
             raise ValueError(f"{folder}/config.json: {heads} heads do not divide d_model {width}")
@@ -321,7 +325,8 @@ def save_encoder(encoder: WhisperEncoder, folder, source=None) -> None:
         for path in Path(source).glob("*"):
             if path.suffix in (".json", ".txt") and ".index." not in path.name and path.name != "config.json":
                 shutil.copy(path, folder / path.name)
-    config = {k: v for k, v in encoder.config.items() if k != "dtype"}  # transformers 5 would believe it before torch_dtype
+    # Without "dtype", which transformers 5 would believe before torch_dtype.
+    config = {k: v for k, v in encoder.config.items() if k != "dtype"}
     config |= {"model_type": "whisper", "torch_dtype": "float32"}
     config.setdefault("architectures", ["WhisperForConditionalGeneration"])
     preprocessor = {"feature_extractor_type": "WhisperFeatureExtractor", "feature_size": encoder.n_mels,
@@ -353,7 +358,13 @@ class QwenAttention(nn.Module):
         self.k_norm = nn.RMSNorm(self.dim, c["rms_norm_eps"]) if qwen3 else nn.Identity()
 
     def forward(self, x, cos, sin, pack=None, out=None, past=None, mask=None, cache=None, positions=None):
-        q, k, v = (p(x).unflatten(-1, (-1, self.dim)) for p in (self.q_proj, self.k_proj, self.v_proj))  # (N or B, L, H, D / H)
+        """x (N, D) as `pack` has it -> (n, D) as `out` has it; or with a cache (B, L, D) -> (B, L, D).
+
+        past: keys and values (B, L, KV heads, D / H) with those of the prompts, which x lacks. cache: the same, x's are
+        written there at `positions` (B, L), and seen as `mask` says.
+        """
+        q, k, v = (p(x).unflatten(-1, (-1, self.dim))
+                   for p in (self.q_proj, self.k_proj, self.v_proj))  # (N or B, L, H, D / H)
         q, k = _rotate(self.q_norm(q), cos, sin), _rotate(self.k_norm(k), cos, sin)
         if pack is not None:
             past_k, past_v = past or (None, None)
@@ -372,7 +383,8 @@ class QwenAttention(nn.Module):
 
 
 class Pack:
-    """Some tokens of rows (B, L), at `index` of the flat B * L, as one run (N): what works on single tokens skips the rest."""
+    """Some tokens of rows (B, L), at `index` of the flat B * L, as one run (N):
+    what works on single tokens skips the rest."""
 
     def __init__(self, index: torch.Tensor, shape: tuple[int, int]):
         self.index, self.shape = index, shape
@@ -421,7 +433,8 @@ def _read_qwen_config(folder) -> dict:
     c = read_config(folder, ("qwen2", "qwen3"), "hidden_size", "intermediate_size", "num_hidden_layers",
                     "num_attention_heads", "vocab_size")
     c.setdefault("num_key_value_heads", c["num_attention_heads"])
-    c["head_dim"] = c.get("head_dim") or (128 if c["model_type"] == "qwen3" else c["hidden_size"] // c["num_attention_heads"])
+    c["head_dim"] = c.get("head_dim") or (128 if c["model_type"] == "qwen3"
+                                          else c["hidden_size"] // c["num_attention_heads"])
     c.setdefault("rms_norm_eps", 1e-6)
     check_sizes(c, f"{folder}/config.json", "num_key_value_heads", "head_dim")
     rope = c.get("rope_parameters") or c.get("rope_scaling") or {}
@@ -431,7 +444,8 @@ def _read_qwen_config(folder) -> dict:
     kind = rope.get("rope_type", rope.get("type", "default"))
     for name, value, needed in (("rope type", kind, "default"), ("hidden_act", c.get("hidden_act", "silu"), "silu"),
                                 ("use_sliding_window", bool(c.get("use_sliding_window")), False),
-                                ("attention_bias", bool(c.get("attention_bias")) and c["model_type"] == "qwen3", False)):
+                                ("attention_bias", bool(c.get("attention_bias")) and c["model_type"] == "qwen3",
+                                 False)):
         if value != needed:
             raise ValueError(f"{folder}/config.json: {name} is {value!r}; this decoder computes {needed!r} only")
     return c
@@ -478,8 +492,8 @@ class QwenDecoder(nn.Module):
 
         lengths (B,) on the CPU: padding beyond them is skipped, its hidden states are zero. prompts: ids that the rows
         begin with, all of them text; their keys and values come from `past`, their hidden states are zero. only (n,):
-        positions in the flat B * L -> hidden (n, D) there alone, which saves most of the last layer.
-        With `cache` (see new_cache) the L tokens stand at positions (B, L) of each row, and see what it holds up to there.
+        positions in the flat B * L -> hidden (n, D) there alone, which saves most of the last layer. With `cache` (see
+        new_cache) the L tokens stand at positions (B, L) of each row, and see what it holds up to there.
         """
         x = embeds.to(self.embed_tokens.weight.dtype)
         b, l = x.shape[:2]
@@ -529,8 +543,10 @@ class QwenDecoder(nn.Module):
         return [(w.new_zeros(shape), w.new_zeros(shape)) for _ in self.layers]
 
     @torch.no_grad()
-    def generate(self, embeds: torch.Tensor, lengths: torch.Tensor, max_new_tokens: int, stop: set[int]) -> list[list[int]]:
-        """Greedy continuation of right-padded prompts: embeds (B, L, D), lengths (B,) -> new ids, without the end token.
+    def generate(self, embeds: torch.Tensor, lengths: torch.Tensor, max_new_tokens: int,
+                 stop: set[int]) -> list[list[int]]:
+        """Greedy continuation of right-padded prompts: embeds (B, L, D), lengths (B,)
+        -> new ids, without the end token.
 
         A new token overwrites the cache's padding at its own position, so rows of any length stay right-padded.
         """
@@ -557,15 +573,16 @@ class QwenDecoder(nn.Module):
 class ChatTokenizer:
     """Qwen's tokenizer and chat template: instruction and answer to ids, tokenised apart and joined as ids.
 
-    # assumption: the paper gives no prompt. Here: one user turn, the instruction before the audio; no system turn. So the
-    # decoder's state up to the audio depends on nothing that trains, and need not be computed again in each step.
+    # assumption: the paper gives no prompt. Here: one user turn, the instruction before the audio; no system turn. So
+    # the decoder's state up to the audio depends on nothing that trains, and need not be computed again in each step.
     """
 
     def __init__(self, tokenizer: Tokenizer, folder="tokenizer"):
         self.tokenizer = tokenizer
         missing = [t for t in ("<|im_start|>", "<|im_end|>") if tokenizer.token_to_id(t) is None]
         if missing:
-            raise ValueError(f"{folder}: the tokenizer lacks the chat tokens {', '.join(missing)}; take an instruct model's")
+            raise ValueError(f"{folder}: the tokenizer lacks the chat tokens {', '.join(missing)}; "
+                             "take an instruct model's")
         self.end = tokenizer.token_to_id("<|im_end|>")
         self.stop = {self.end} | {i for i in [tokenizer.token_to_id("<|endoftext|>")] if i is not None}
         self.head = self._ids("<|im_start|>user\n")
@@ -601,7 +618,8 @@ class ChatTokenizer:
 
 
 class AnswerLoss(torch.autograd.Function):
-    """Cross entropy through a frozen lm_head: hidden (N, D), weight (V, D), next tokens (N,) -> loss of each (N,), float32.
+    """Cross entropy through a frozen lm_head: hidden (N, D), weight (V, D), next tokens (N,)
+    -> loss of each (N,), float32.
 
     The gradient of the hidden states is made at once, while a piece's (n, V) logits are at hand: these are neither kept
     for backward nor computed again.
@@ -631,7 +649,8 @@ class AnswerLoss(torch.autograd.Function):
 
 
 class UniWhisper(nn.Module):
-    """Encoder and adapter, trained through a frozen decoder by next-token loss on the answers alone (paper, section 2)."""
+    """Encoder and adapter, trained through a frozen decoder
+    by next-token loss on the answers alone (paper, section 2)."""
 
     def __init__(self, encoder: WhisperEncoder, adapter: StackAdapter, decoder: QwenDecoder, tokenizer: ChatTokenizer):
         super().__init__()
@@ -640,7 +659,8 @@ class UniWhisper(nn.Module):
 
     @classmethod
     def from_folders(cls, encoder, decoder, stack: int = 4, dtype: torch.dtype = torch.float32) -> "UniWhisper":
-        """Pretrained encoder and decoder (in `dtype`) with a new adapter that speaks at the scale of the decoder's tokens."""
+        """Pretrained encoder and decoder (in `dtype`)
+        with a new adapter that speaks at the scale of the decoder's tokens."""
         encoder, tokenizer = WhisperEncoder.from_pretrained(encoder), ChatTokenizer.from_pretrained(decoder)
         folder, decoder = decoder, QwenDecoder.from_pretrained(decoder, dtype)
         top, size = max(tokenizer.tokenizer.get_vocab().values()), decoder.config["vocab_size"]
@@ -655,12 +675,14 @@ class UniWhisper(nn.Module):
         return self.encoder.encode(audio, samples)
 
     def _embed_chat(self, audio, samples, prompts, answers):
-        """Audio tokens spliced into the chat: (embeds (B, L, D), row lengths, flat positions that predict an answer token)."""
+        """Audio tokens spliced into the chat:
+        (embeds (B, L, D), row lengths, flat positions that predict an answer token)."""
         features, lengths = self.encode(audio, samples)
         tokens = self.adapter(features)  # (B, A, D)
         lengths = self.adapter.lengths(lengths).tolist()
         tail, a = self.tokenizer.tail, tokens.shape[1]
-        rows = [p + [0] * n + tail + y[:-1] for n, p, y in zip(lengths, prompts, answers)]  # the end token predicts nothing
+        rows = [p + [0] * n + tail + y[:-1]  # the end token predicts nothing
+                for n, p, y in zip(lengths, prompts, answers)]
         l = max(map(len, rows))
         ids = torch.tensor([row + [0] * (l - len(row)) for row in rows])
         # Flat indices, made on the CPU, where all lengths are known: nothing waits for the device.
@@ -692,7 +714,8 @@ class UniWhisper(nn.Module):
         return losses.new_zeros(len(tokens)).index_add(0, row, losses), tokens
 
     @torch.no_grad()
-    def generate(self, audio: torch.Tensor, instructions: list[str], max_new_tokens: int = 64, samples=None) -> list[str]:
+    def generate(self, audio: torch.Tensor, instructions: list[str], max_new_tokens: int = 64,
+                 samples=None) -> list[str]:
         """Greedy answers about clips: audio (B, S), samples (B,) (None: all S are real) -> B texts."""
         samples = torch.full((len(audio),), audio.shape[1]) if samples is None else samples
         prompts = [self.tokenizer.prompt(i) for i in instructions]
@@ -762,10 +785,12 @@ def _export(args):
     if args.blend != 1:
         blend_encoders(WhisperEncoder.from_pretrained(source), encoder, args.blend)
     save_encoder(encoder, args.folder, source)
-    print(f"{args.folder}: encoder of {newest}" + (f", blended {args.blend:g} with {source}" if args.blend != 1 else ""))
+    print(f"{args.folder}: encoder of {newest}"
+          + (f", blended {args.blend:g} with {source}" if args.blend != 1 else ""))
 
 
 def main():
+    """What a user can cause ends in one line and exit code 1."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sub = p.add_subparsers(required=True)
     e = sub.add_parser("encode", help="audio files -> features of shape (T, D), 20 ms a token, in one safetensors file")

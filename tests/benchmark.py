@@ -1,20 +1,22 @@
-"""How fast is it? Ours beside the obvious implementation with transformers, and beside the device's own limit, in one run.
+"""How fast is it? Ours beside the obvious implementation with transformers,
+and beside the device's own limit, in one run.
 
     python tests/benchmark.py --encoder DIR --decoder DIR --data suite/*.jsonl [--device cuda] [--precision bf16]
     python tests/benchmark.py --encoder random:whisper-large-v3 --decoder random:qwen2.5-7b --data suite/*.jsonl ...
     python tests/benchmark.py --encoder random:whisper-smoke --decoder random:qwen-smoke --data suite/*.jsonl \\
-        --batch-seconds 8 --batches 2 --repeats 1 --rows 10000 --new-tokens 4 --decode-hours 0.01     # does it work? a minute
+        --batch-seconds 8 --batches 2 --repeats 1 --rows 10000 --new-tokens 4 --decode-hours 0.01
+        # does it work? a minute
 
 Needs transformers; openai-whisper for one more row of `mel` (pip install --no-deps openai-whisper is enough).
 
 The peer: WhisperFeatureExtractor and WhisperModel's encoder on 30 s padded features, the same projector, Qwen's
-...ForCausalLM with inputs_embeds, attention_mask and labels (-100 outside the answers), frozen, in the compute dtype. Both
-sides make the same updates from the same clips at the same precision; the peer cuts a batch into pieces of --batch clips
-and accumulates. Clips are read before the clock starts (`decode` measures that; `features` reads within it); log-mel is
-within. Batches are even quantiles, by clip length, of a pool that train.py's sampler draws from the data's own mix.
-Ours and peer alternate; figures are medians over --repeats. A ratio above 1 says how many times better ours is.
-Every part, and each side of `step`, runs in a process of its own, so that its peak memory (all of the process on a CPU;
-what torch allocated on a GPU) is its own.
+...ForCausalLM with inputs_embeds, attention_mask and labels (-100 outside the answers), frozen, in the compute dtype.
+Both sides make the same updates from the same clips at the same precision; the peer cuts a batch into pieces of --batch
+clips and accumulates. Clips are read before the clock starts (`decode` measures that; `features` reads within it);
+log-mel is within. Batches are even quantiles, by clip length, of a pool that train.py's sampler draws from the data's
+own mix. Ours and peer alternate; figures are medians over --repeats. A ratio above 1 says how many times better ours
+is. Every part, and each side of `step`, runs in a process of its own, so that its peak memory (all of the process on a
+CPU; what torch allocated on a GPU) is its own.
 """
 import argparse
 import dataclasses
@@ -50,8 +52,10 @@ from data import Batch, Batches, Rows, Sampler, held_out, loader, resample  # no
 RATE, IGNORE_INDEX = uw.SAMPLE_RATE, -100
 SHAPES = {  # random weights of these shapes, for machines without downloads
     "whisper-smoke": dict(d_model=48, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=80, num_mel_bins=80),
-    "whisper-base": dict(d_model=512, encoder_layers=6, encoder_attention_heads=8, encoder_ffn_dim=2048, num_mel_bins=80),
-    "whisper-large-v3": dict(d_model=1280, encoder_layers=32, encoder_attention_heads=20, encoder_ffn_dim=5120, num_mel_bins=128),
+    "whisper-base": dict(d_model=512, encoder_layers=6, encoder_attention_heads=8, encoder_ffn_dim=2048,
+                         num_mel_bins=80),
+    "whisper-large-v3": dict(d_model=1280, encoder_layers=32, encoder_attention_heads=20, encoder_ffn_dim=5120,
+                             num_mel_bins=128),
     "qwen-smoke": dict(hidden_size=56, intermediate_size=72, num_hidden_layers=2, num_attention_heads=4,
                        num_key_value_heads=2, vocab_size=521, tie_word_embeddings=True),
     "qwen2.5-0.5b": dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
@@ -81,7 +85,8 @@ def decoder_flops(c: dict, lengths: list[int], logits: int, known: list[int] | N
     d, heads, total = c["hidden_size"], c["num_attention_heads"], sum(lengths) - sum(known or [])
     dim = c.get("head_dim") or (128 if c["model_type"] == "qwen3" else d // heads)
     weights = 2 * d * dim * (heads + c.get("num_key_value_heads", heads)) + 3 * d * c["intermediate_size"]
-    layer = 2 * total * weights + 2 * heads * dim * sum(n * (n + 1) - k * (k + 1) for n, k in zip(lengths, known or [0] * len(lengths)))
+    layer = (2 * total * weights
+             + 2 * heads * dim * sum(n * (n + 1) - k * (k + 1) for n, k in zip(lengths, known or [0] * len(lengths))))
     left_out = 2 * (total - logits) * d * (heads * dim + 3 * c["intermediate_size"]) if known else 0
     return c["num_hidden_layers"] * layer - left_out + 2 * d * c["vocab_size"] * logits
 
@@ -98,7 +103,8 @@ def step_flops(encoder: dict, decoder: dict, batch: Batch, tail: int, padded: bo
     lengths = [p + a + tail + len(y) - (not padded) for p, a, y in zip(prompts, audio, batch.answers)]
     adapter = 2 * sum(audio) * (4 * e * d + d * d)
     logits = sum(lengths) if padded else sum(map(len, batch.answers))
-    return encoder_flops(encoder, tokens, True) + 3 * adapter + 2 * decoder_flops(decoder, lengths, logits, None if padded else prompts)
+    return (encoder_flops(encoder, tokens, True) + 3 * adapter
+            + 2 * decoder_flops(decoder, lengths, logits, None if padded else prompts))
 
 
 def peak_flops(device: str, dtype: torch.dtype) -> float:
@@ -146,7 +152,8 @@ def peak_bytes(device: str) -> int:
 
 def in_own_process(f, *args):
     """f(*args) in a fresh process."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _limit_threads, (torch.get_num_threads(),)) as pool:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _limit_threads,
+                             (torch.get_num_threads(),)) as pool:
         return pool.submit(f, *args).result()
 
 
@@ -174,8 +181,9 @@ def spread(times: list[float]) -> str:
 # ---------------------------------------------------------------- inputs
 
 def settings(a) -> train.Settings:
-    return train.Settings(data=tuple(a.data), encoder=a.encoder, decoder=a.decoder, device=a.device, precision=a.precision,
-                          batch_seconds=a.batch_seconds, compile=a.compile, checkpoint_layers=a.checkpoint_layers)
+    return train.Settings(data=tuple(a.data), encoder=a.encoder, decoder=a.decoder, device=a.device,
+                          precision=a.precision, batch_seconds=a.batch_seconds, compile=a.compile,
+                          checkpoint_layers=a.checkpoint_layers)
 
 
 def read_batches(a) -> tuple[Rows, list[Batch]]:
@@ -221,7 +229,8 @@ def write_random(name: str, folder: Path) -> str:
     with torch.device("meta"):
         names = dict(uw.QwenDecoder(config).named_parameters())
     tied = shape["tie_word_embeddings"]
-    tensors = {k if k.startswith("lm_head") else f"model.{k}": torch.empty(p.shape, dtype=torch.bfloat16).normal_(std=0.02)
+    tensors = {k if k.startswith("lm_head") else f"model.{k}":
+               torch.empty(p.shape, dtype=torch.bfloat16).normal_(std=0.02)
                for k, p in names.items() if not (tied and k.startswith("lm_head"))}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return str(folder)
@@ -243,7 +252,8 @@ class Peer(nn.Module):
         self.extractor = WhisperFeatureExtractor(feature_size=self.encoder.config.num_mel_bins)
         if decoder:
             dtype = train.PRECISIONS[a.precision]
-            self.decoder = AutoModelForCausalLM.from_pretrained(a.decoder, dtype=dtype).requires_grad_(False).eval().to(a.device)
+            self.decoder = (AutoModelForCausalLM.from_pretrained(a.decoder, dtype=dtype)
+                            .requires_grad_(False).eval().to(a.device))
             self.decoder.generation_config.eos_token_id = None  # generate as many tokens as asked for
             self.decoder.generation_config.pad_token_id = 0
             self.projector = StackAdapter(self.encoder.config.d_model, self.decoder.config.hidden_size).to(a.device)
@@ -264,7 +274,8 @@ class Peer(nn.Module):
         table = self.decoder.get_input_embeddings()
         ids = lambda t: table(torch.tensor(t, device=self.device))
         rows = [torch.cat((ids(p), x.to(table.weight.dtype), ids(t))) for p, x, t in zip(prompts, spoken, texts)]
-        mask = pad_sequence([torch.ones(len(r), dtype=torch.long, device=self.device) for r in rows], True, padding_side=side)
+        mask = pad_sequence([torch.ones(len(r), dtype=torch.long, device=self.device) for r in rows], True,
+                            padding_side=side)
         return pad_sequence(rows, True, padding_side=side), mask
 
     def forward(self, audio, prompts, answers):
@@ -288,7 +299,8 @@ class Peer(nn.Module):
     def generate(self, audio, prompts, count: int):
         embeds, mask = self.embed(audio, prompts, [[]] * len(prompts), "left")
         with self.amp():
-            return self.decoder.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=count, do_sample=False)
+            return self.decoder.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=count,
+                                         do_sample=False)
 
 
 # ---------------------------------------------------------------- the parts
@@ -312,7 +324,8 @@ def mel(a):
                 continue
             x, y = (1000 * median(t) / len(audio) for t in alternate(a, (ours, some), (f, audio)))
             worst = max((m - f(c)[:, : m.shape[1]]).abs().max().item() for m, c in zip(mine, audio))
-            yield row(f"{name}, {peer}", "ms a clip", x, y, True, f"1 thread, {len(audio)} clips; largest difference {worst:.1e}")
+            yield row(f"{name}, {peer}", "ms a clip", x, y, True,
+                      f"1 thread, {len(audio)} clips; largest difference {worst:.1e}")
 
 
 def openai_mel():
@@ -336,7 +349,8 @@ def decode(a):
             lines = []
             for i, c in enumerate(c for b in batches for c in clips(b)):
                 sf.write(f"{folder}/{i}.flac", resample(c, RATE, rate).clamp(-1, 1).numpy(), rate)
-                lines.append(json.dumps(dict(audio=f"{i}.flac", instruction="What?", answer="This.", seconds=len(c) / RATE)))
+                lines.append(json.dumps(dict(audio=f"{i}.flac", instruction="What?", answer="This.",
+                                             seconds=len(c) / RATE)))
             Path(folder, "rows.jsonl").write_text("\n".join(lines) + "\n")
             rows = Rows([f"{folder}/rows.jsonl"])
             reader = Batches(rows, uw.ChatTokenizer.from_pretrained(a.decoder))
@@ -346,7 +360,8 @@ def decode(a):
             for n in counts:
                 times = [seconds("cpu", lambda: [None for _ in loader(reader, specs, n)]) for _ in range(a.repeats)]
                 where = f"{n} worker{'s' * (n != 1)}" if n else "no worker"
-                yield row(f"{rate / 1000:g} kHz, {where}", "h a minute", float(60 * hours / median(times)), note=spread(times))
+                yield row(f"{rate / 1000:g} kHz, {where}", "h a minute", float(60 * hours / median(times)),
+                          note=spread(times))
 
 
 def encoder(a):
@@ -360,7 +375,8 @@ def encoder(a):
             tokens = uw.encoder_lengths(b.samples)
             features = uw.log_mel_spectrogram(b.audio, model.n_mels)[:, :, : 2 * int(tokens.max())]
             mine.append((features.to(a.device), tokens))
-        theirs = [peer.features(audio[i : i + a.batch]).to(a.device) for i in range(0, len(audio), a.batch)] if peer else None
+        theirs = ([peer.features(audio[i : i + a.batch]).to(a.device) for i in range(0, len(audio), a.batch)]
+                  if peer else None)
 
         def ours(inputs):
             with train.autocast(s):
@@ -372,7 +388,8 @@ def encoder(a):
         top = peak_flops(a.device, train.PRECISIONS[a.precision])
         work = encoder_flops(model.config, [n for _, t in mine for n in t.tolist()])
         share = work / median(times[0]) / top
-        yield row(f"forward, {name}", "audio s/s", *rates, note=f"{share:.0%} of {top / 1e9:.0f} GFLOP/s; {len(audio)} clips")
+        yield row(f"forward, {name}", "audio s/s", *rates,
+                  note=f"{share:.0%} of {top / 1e9:.0f} GFLOP/s; {len(audio)} clips")
 
 
 def run_steps(a, side: str, batches: list[Batch]) -> tuple[list[float], int, float]:
@@ -414,16 +431,20 @@ def step(a):
                 try:
                     runs.append(in_own_process(run_steps, a, side, some))
                 except (BrokenProcessPool, MemoryError, torch.OutOfMemoryError) as e:
-                    raise ValueError(f"step, {name}: {side} does not fit into memory ({type(e).__name__}); use a smaller "
+                    raise ValueError(f"step, {name}: {side} does not fit into memory ({type(e).__name__}); "
+                                     "use a smaller "
                                      + ("--batch-seconds" if side == "ours" else f"--batch than {a.batch}")) from None
         totals = [[sum(times) for times, *_ in runs] for runs in sides.values()]
         top, middle = max(r[2] for r in sides["ours"]), [median(t) for t in totals]
-        shares = [sum(step_flops(*configs, b, tail, padded) for b in some) / t / top for t, padded in zip(middle, (False, True))]
+        shares = [sum(step_flops(*configs, b, tail, padded) for b in some) / t / top
+                  for t, padded in zip(middle, (False, True))]
         note = f"{len(some)} updates, {sum(len(b.rows) for b in some)} clips, peer {a.batch} at once; "
-        yield row(f"{name}: speed", "audio s/s", *(audio_seconds(some) / t for t in middle), note=note + " | ".join(map(spread, totals)))
+        yield row(f"{name}: speed", "audio s/s", *(audio_seconds(some) / t for t in middle),
+                  note=note + " | ".join(map(spread, totals)))
         note = "of the FLOPs that each side needs"
         yield row(f"{name}: share of {top / 1e9:.0f} GFLOP/s", "%", *(100 * x for x in shares), note=note)
-        yield row(f"{name}: peak memory", "GiB", *(max(r[1] for r in runs) / 2**30 for runs in sides.values()), lower=True)
+        yield row(f"{name}: peak memory", "GiB", *(max(r[1] for r in runs) / 2**30 for runs in sides.values()),
+                  lower=True)
 
 
 def growth(a):
@@ -437,7 +458,8 @@ def growth(a):
         yield row(f"{len(batch.rows)} clips of 2 s", "s a step", t[-1], note=f"{used / 2**30:.2f} GiB")
     slope, start = np.polyfit(totals, t, 1)
     residual = max(abs(y - start - slope * x) / y for x, y in zip(totals, t))
-    yield row("per audio second, by linear fit", "s", slope, note=f"+ {start:.2g} s a step; largest residual {residual:.1%}")
+    yield row("per audio second, by linear fit", "s", slope,
+              note=f"+ {start:.2g} s a step; largest residual {residual:.1%}")
     for length in (1, 5, 15, 30):
         batch = joined(batches, length, max(1, round(max(30, a.batch_seconds) / length)))
         times, used, _ = in_own_process(run_steps, a, "ours", [batch] * a.repeats)
@@ -489,7 +511,8 @@ def features(a):
     groups = [numbers[i : i + a.batch] for i in range(0, len(numbers), a.batch)]
     with torch.inference_mode():
         times = alternate(a, (ours, [task]), (theirs, groups) if peer else None)
-    yield row("mean features, from files", "clips/s", *(len(numbers) / median(t) for t in times), note=f"{len(numbers)} clips")
+    yield row("mean features, from files", "clips/s", *(len(numbers) / median(t) for t in times),
+              note=f"{len(numbers)} clips")
 
 
 def generate(a):
@@ -534,10 +557,12 @@ def rows(a):
         next(iter(sampler))
         ready = time.perf_counter() - start
         size = f"{a.rows:,} rows"
-        yield row(f"{size}: manifest read", "s", read, note=f"{Path(folder, 'rows.jsonl').stat().st_size / 2**20:.0f} MiB")
+        yield row(f"{size}: manifest read", "s", read,
+                  note=f"{Path(folder, 'rows.jsonl').stat().st_size / 2**20:.0f} MiB")
         yield row(f"{size}: first batch drawn", "s", ready)
         grown = peak_bytes("cpu") - before
-        yield row(f"{size}: main process grows by", "MiB", grown / 2**20, note=f"{grown / a.rows:.0f} bytes a row at the peak")
+        yield row(f"{size}: main process grows by", "MiB", grown / 2**20,
+                  note=f"{grown / a.rows:.0f} bytes a row at the peak")
         if Path("/proc/self/smaps_rollup").exists():
             reader = Weighed(table, uw.ChatTokenizer.from_pretrained(a.decoder))
             private = max(itertools.islice(loader(reader, sampler, 2), 8))
@@ -564,10 +589,12 @@ def parse():
     p.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="parts to run (all)")
     p.add_argument("--json", help="write settings, machine and rows there")
     p.add_argument("--batch", type=int, default=8, help="clips in a batch of the peer; fewer where memory is short (8)")
-    p.add_argument("--batch-seconds", type=float, default=40.0, help="audio in a batch of ours, that is an update of both (40)")
+    p.add_argument("--batch-seconds", type=float, default=40.0,
+                   help="audio in a batch of ours, that is an update of both (40)")
     p.add_argument("--batches", type=int, default=3, help="batches, that is updates, in a measurement (3)")
     p.add_argument("--repeats", type=int, default=3, help="measurements, for the median (3)")
-    p.add_argument("--clips", nargs="+", choices=("suite", "30 s"), default=["suite", "30 s"], help="clips of `step` (both)")
+    p.add_argument("--clips", nargs="+", choices=("suite", "30 s"), default=["suite", "30 s"],
+                   help="clips of `step` (both)")
     p.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch (its own default)")
     p.add_argument("--rows", type=int, default=10_000_000, help="rows of the synthetic manifest (10 million)")
     p.add_argument("--new-tokens", type=int, default=32, help="tokens to generate (32)")

@@ -78,7 +78,8 @@ def main():
     p.add_argument("--cache", default=probe.Settings.cache)
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--threads", type=int, default=2, help="X-ARES's threads (its own default is 2; ours takes 1)")
-    p.add_argument("--cpu-time", action="store_true", help="count the process's seconds on all cores, where others use them")
+    p.add_argument("--cpu-time", action="store_true",
+                   help="count the process's seconds on all cores, where others use them")
     args = p.parse_args()
     global clock
     clock = time.process_time if args.cpu_time else time.perf_counter
@@ -86,8 +87,8 @@ def main():
     s = probe.Settings(encoder=[args.encoder], data=args.data, cache=args.cache, device="cpu")
     encoder = probe.WhisperEncoder.from_pretrained(args.encoder).eval()
     mark, total = probe.fingerprint(encoder), torch.zeros(4, dtype=torch.float64)
-    print(f"{'task':14s} {'kNN ours':>8s} {'X-ARES':>7s} {'linear ours':>12s} {'X-ARES':>7s} | seconds: 1 seed  X-ARES  ratio"
-          f" | {args.seeds} seeds  X-ARES  ratio")
+    print(f"{'task':14s} {'kNN ours':>8s} {'X-ARES':>7s} {'linear ours':>12s} {'X-ARES':>7s}"
+          f" | seconds: 1 seed  X-ARES  ratio | {args.seeds} seeds  X-ARES  ratio")
     for task in probe.find_tasks(s, print):
         x, clip, _ = probe.cached_features(encoder, mark, task, s, print)
         parts, *others = probe.rotations(task, clip)

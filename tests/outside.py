@@ -1,12 +1,13 @@
 """What other people's code says of a trained encoder: transformers' Whisper and scikit-learn, beside our own generate.
 
-    python tests/outside.py words --encoder whisper-base OUT/encoder --run OUT --data suite/transcribe.jsonl [--clips 300]
+    python tests/outside.py words --encoder whisper-base OUT/encoder --run OUT --data suite/transcribe.jsonl
+        [--clips 300]
     python tests/outside.py knn --encoder whisper-base OUT/encoder --data suite/drum.jsonl suite/voice.jsonl
 
-words: word error rate (lower case, no punctuation) on clips of the test split: of each encoder under Whisper's own decoder,
-greedy, told the row's language; of --run, a training run, through its adapter and frozen Qwen.
-knn: accuracy of scikit-learn's 10 neighbours (cosine, weighed by distance) on the mean over real tokens of transformers' encoder,
-every clip padded with silence to the next 2 s.
+words: word error rate (lower case, no punctuation) on clips of the test split: of each encoder under Whisper's own
+decoder, greedy, told the row's language; of --run, a training run, through its adapter and frozen Qwen.
+knn: accuracy of scikit-learn's 10 neighbours (cosine, weighed by distance) on the mean over real tokens of
+transformers' encoder, every clip padded with silence to the next 2 s.
 """
 import argparse
 import json
@@ -42,8 +43,8 @@ def whisper_words(folder, rows: Rows, numbers, batch: int = 16) -> list[str]:
     for part in np.array_split(numbers, -(-len(numbers) // batch)):
         mel = extractor([rows.audio(i).numpy() for i in part], sampling_rate=RATE, return_tensors="pt").input_features
         languages = [TO_LANGUAGE_CODE[rows[i]["language"].lower()] for i in part]
-        ids = torch.tensor([[of("<|startoftranscript|>"), of(f"<|{code}|>"), of("<|transcribe|>"), of("<|notimestamps|>")]
-                            for code in languages])
+        ids = torch.tensor([[of("<|startoftranscript|>"), of(f"<|{code}|>"), of("<|transcribe|>"),
+                             of("<|notimestamps|>")] for code in languages])
         encoded, past, said = model.get_encoder()(mel), None, []
         for _ in range(LONGEST):
             out = model(encoder_outputs=encoded, decoder_input_ids=ids, past_key_values=past, use_cache=True)
@@ -79,7 +80,8 @@ def words(a) -> dict:
     sides |= {f"{r}, adapter and Qwen": our_words(r, rows, numbers) for r in a.run}
     out = {"clips": len(numbers), "words": sum(len(t.split()) for t in truths)}
     out |= {name: word_error_rate([plain(t) for t in texts], truths) for name, texts in sides.items()}
-    examples = [{"truth": truth, **{name: texts[n] for name, texts in sides.items()}} for n, truth in enumerate(truths[:8])]
+    examples = [{"truth": truth, **{name: texts[n] for name, texts in sides.items()}}
+                for n, truth in enumerate(truths[:8])]
     return out | {"examples": examples}
 
 
@@ -93,7 +95,8 @@ def features(folder, rows: Rows) -> np.ndarray:
         groups.setdefault(-(-len(audio) // (2 * RATE)), []).append((i, audio.numpy()))
     for blocks, clips in sorted(groups.items()):
         tokens = blocks * 2 * RATE // TOKEN
-        encoder.embed_positions, encoder.config.max_source_positions = torch.nn.Embedding.from_pretrained(table[:tokens]), tokens
+        encoder.embed_positions, encoder.config.max_source_positions = (
+            torch.nn.Embedding.from_pretrained(table[:tokens]), tokens)
         for n in range(0, len(clips), 16):
             part = clips[n : n + 16]
             mel = extractor([a for _, a in part], sampling_rate=RATE, return_tensors="pt", padding="max_length",
@@ -112,9 +115,11 @@ def knn(a) -> dict:
         splits, labels = np.array(rows.splits)[rows.split], np.array([rows[i]["label"] for i in range(len(rows))])
         for folder in a.encoder:
             x = features(folder, rows)
-            near = KNeighborsClassifier(10, metric="cosine", weights="distance").fit(x[splits == "train"], labels[splits == "train"])
+            near = KNeighborsClassifier(10, metric="cosine", weights="distance").fit(
+                x[splits == "train"], labels[splits == "train"])
             out[f"{Path(path).stem}, {folder}"] = near.score(x[splits == "test"], labels[splits == "test"])
-            print(f"{Path(path).stem}, {folder}: {out[f'{Path(path).stem}, {folder}']:.3f}", file=sys.stderr, flush=True)
+            print(f"{Path(path).stem}, {folder}: {out[f'{Path(path).stem}, {folder}']:.3f}",
+                  file=sys.stderr, flush=True)
     return out
 
 

@@ -15,7 +15,8 @@ TEXTS = ["a dog barks", "the", "speaker"]
 
 
 def counted(f) -> int:
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):  # it cannot see into the fused kernels
+    # the counter cannot see into the fused kernels
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         f()
     return counter.get_total_flops()
 
@@ -25,14 +26,14 @@ def batch(model):
     """Two clips of 30 s and a question each."""
     samples = torch.tensor([480_000, 480_000])
     prompts, answers = ([of(t) for t in TEXTS[:2]] for of in (model.tokenizer.prompt, model.tokenizer.answer))
-    return Batch(torch.stack([noise(480_000, n) for n in (0, 1)]), samples, prompts, answers, ["t"] * 2, [0, 1], TEXTS[:2],
-                 TEXTS[:2], [])
+    return Batch(torch.stack([noise(480_000, n) for n in (0, 1)]), samples, prompts, answers, ["t"] * 2, [0, 1],
+                 TEXTS[:2], TEXTS[:2], [])
 
 
 @pytest.fixture
 def flags(whisper, qwen):
-    return SimpleNamespace(encoder=str(whisper[0]), decoder=str(qwen[0]), device="cpu", precision="fp32", data=[], compile=False,
-                           batch_seconds=40.0, checkpoint_layers=False)
+    return SimpleNamespace(encoder=str(whisper[0]), decoder=str(qwen[0]), device="cpu", precision="fp32", data=[],
+                           compile=False, batch_seconds=40.0, checkpoint_layers=False)
 
 
 def test_encoder_flops_are_those_of_torchs_counter(whisper):
@@ -51,7 +52,8 @@ def test_decoder_flops_are_those_of_torchs_counter_with_half_the_attention(qwen)
     only, prompts = torch.tensor([4, 5, 6, 11, 12, 13]), [[1, 2], [3, 4]]
     ours = counted(lambda: decoder.lm_head(decoder(torch.zeros(2, length, c["hidden_size"]), None, prompts, only)))
     ours -= counted(lambda: decoder.past(prompts, length))
-    square = 2 * 2 * 2 * c["num_hidden_layers"] * c["num_attention_heads"] * c["head_dim"] * length**2  # what is looked at
+    # what is looked at
+    square = 2 * 2 * 2 * c["num_hidden_layers"] * c["num_attention_heads"] * c["head_dim"] * length**2
     needed = 2 * 2 * c["num_hidden_layers"] * c["num_attention_heads"] * c["head_dim"] * (length * (length + 1) - 2 * 3)
     assert bench.decoder_flops(c, [length] * 2, 6, [2, 2]) == ours - square + needed
 

@@ -466,7 +466,8 @@ def test_weights_of_unknown_tasks_and_an_empty_split_are_refused(many):
     with pytest.raises(ValueError, match="no rows to train on"):
         Sampler(rows, rows.where("valid"), 60.0)
     for weights in ({"drum": 0}, {"drum": 1, "pitch": -0.5}, {"drum": math.nan}, {"drum": math.inf}):
-        with pytest.raises(ValueError, match="task weights {.*each must be a number of 0 or more, and one must be above"):
+        with pytest.raises(ValueError,
+                           match="task weights {.*each must be a number of 0 or more, and one must be above"):
             Sampler(rows, index, 60.0, weights=weights)
 
 

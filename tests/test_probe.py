@@ -1,4 +1,5 @@
-"""probe.py: metrics and neighbours against scikit-learn, probes against autograd, choice on valid, cache, X-ARES tars."""
+"""probe.py: metrics and neighbours against scikit-learn, probes against autograd,
+choice on valid, cache, X-ARES tars."""
 import dataclasses
 import io
 import itertools
@@ -22,8 +23,8 @@ from data import Rows
 from probe import Settings, Spec, Task
 
 torch.set_num_threads(1)
-TINY = {"model_type": "whisper", "d_model": 24, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32,
-        "num_mel_bins": 80, "max_source_positions": 1500}
+TINY = {"model_type": "whisper", "d_model": 24, "encoder_layers": 2, "encoder_attention_heads": 2,
+        "encoder_ffn_dim": 32, "num_mel_bins": 80, "max_source_positions": 1500}
 
 
 def quiet(text):
@@ -44,7 +45,8 @@ def make_encoder(path, seed):
 
 def tone(hertz, seconds=0.3, seed=0, rate=16000):
     t = np.arange(round(rate * seconds)) / rate
-    return (0.3 * np.sin(2 * np.pi * hertz * t) + 0.02 * np.random.default_rng(seed).normal(size=len(t))).astype(np.float32)
+    return (0.3 * np.sin(2 * np.pi * hertz * t)
+            + 0.02 * np.random.default_rng(seed).normal(size=len(t))).astype(np.float32)
 
 
 def write_manifest(path, name, rows):
@@ -68,7 +70,8 @@ def note_rows(count=24, splits=("train", "train", "valid", "test"), **more):
     out = []
     for i in range(count):
         label, hertz = list(NOTES.items())[i % 3]
-        out.append(({"label": label, "split": splits[i // 3 % len(splits)], **more}, tone(hertz * (1 + 0.01 * (i // 3)), seed=i)))
+        out.append(({"label": label, "split": splits[i // 3 % len(splits)], **more},
+                    tone(hertz * (1 + 0.01 * (i // 3)), seed=i)))
     return out
 
 
@@ -97,7 +100,8 @@ def test_accuracy():
 
 def test_average_precision_by_hand():
     # hits at ranks 1, 3: (1/1 + 2/3) / 2
-    assert probe.average_precision(torch.tensor([0.9, 0.8, 0.7, 0.1]), torch.tensor([1, 0, 1, 0])) == pytest.approx(5 / 6)
+    assert (probe.average_precision(torch.tensor([0.9, 0.8, 0.7, 0.1]), torch.tensor([1, 0, 1, 0]))
+            == pytest.approx(5 / 6))
     # all equal: one threshold, precision is the share of hits
     assert probe.average_precision(torch.zeros(4), torch.tensor([1, 0, 0, 0])) == pytest.approx(0.25)
     # a class that never occurs is left out
@@ -109,7 +113,8 @@ def test_equal_error_rate_by_hand():
     assert probe.equal_error_rate(torch.tensor([0.9, 0.8, 0.2, 0.1]), torch.tensor([1, 1, 0, 0])) == 0
     assert probe.equal_error_rate(torch.tensor([0.1, 0.2, 0.8, 0.9]), torch.tensor([1, 1, 0, 0])) == 1
     # one of three true below one of three false
-    assert probe.equal_error_rate(torch.tensor([6.0, 5, 2, 4, 1, 0]), torch.tensor([1, 1, 1, 0, 0, 0])) == pytest.approx(1 / 3)
+    assert (probe.equal_error_rate(torch.tensor([6.0, 5, 2, 4, 1, 0]), torch.tensor([1, 1, 1, 0, 0, 0]))
+            == pytest.approx(1 / 3))
 
 
 def test_segment_f1_by_hand():
@@ -137,7 +142,8 @@ def test_recall_at_1_by_hand():
 def test_word_error_rate_by_hand():
     assert probe.word_error_rate(["The cat sat"], ["the CAT sat"]) == 0
     assert probe.word_error_rate(["the cat sat down", ""], ["the dog sat", "two words"]) == pytest.approx(4 / 5)
-    assert probe.word_error_rate(["a b c"], ["b c d"]) == pytest.approx(2 / 3)  # one inserted, one missing: not three wrong
+    # one inserted, one missing: not three wrong
+    assert probe.word_error_rate(["a b c"], ["b c d"]) == pytest.approx(2 / 3)
 
 
 def test_metrics_against_scikit_learn():
@@ -259,7 +265,8 @@ def noisy_task():
 
 
 def make_task(splits, labels, **spec):
-    return Task("made", Spec("music", "label", **spec), [probe.Clip(None, i, s, v) for i, (s, v) in enumerate(zip(splits, labels))])
+    return Task("made", Spec("music", "label", **spec),
+                [probe.Clip(None, i, s, v) for i, (s, v) in enumerate(zip(splits, labels))])
 
 
 def test_choice_is_blind_to_test(tmp_path):
@@ -315,7 +322,8 @@ def test_retrieval_learns():
     meaning = [(k, p) for k in range(4) for p in range(4)]
     codes = torch.randn(8, 16)
     x = torch.stack([codes[k] + codes[4 + p] for k, p in meaning * 12]) + 0.1 * torch.randn(192, 16)
-    texts = [[f"A {kinds[k][0]} {kinds[k][1]} in the {places[p]}.", f"In the {places[p]}, a {kinds[k][0]}"] for k, p in meaning * 12]
+    texts = [[f"A {kinds[k][0]} {kinds[k][1]} in the {places[p]}.", f"In the {places[p]}, a {kinds[k][0]}"]
+             for k, p in meaning * 12]
     parts = torch.arange(160), torch.arange(160, 176), torch.arange(176, 192)
     assert probe.score_retrieval(x, texts, parts, epochs=6, batch=16, seed=0) > 0.7
     shuffled = texts[1:] + texts[:1]
@@ -461,7 +469,8 @@ def test_a_cache_that_cannot_be_written_loses_no_features(tmp_path, folder):
     (task,) = probe.manifest_tasks(Rows(write_manifest(tmp_path, "notes", note_rows(12))))
     encoder, said = uniwhisper.WhisperEncoder.from_pretrained(folder).eval(), []
     (tmp_path / "file").write_text("")
-    x, clip, failed = probe.cached_features(encoder, "mark", task, settings(tmp_path, cache=str(tmp_path / "file")), said.append)
+    x, clip, failed = probe.cached_features(encoder, "mark", task, settings(tmp_path, cache=str(tmp_path / "file")),
+                                            said.append)
     assert len(x) == len(clip) == 12 and "features are not kept" in said[-1]
 
 
@@ -488,15 +497,17 @@ def test_command_line(tmp_path, folder, capsys):
 def test_plot(tmp_path, folder, monkeypatch):
     scores = {"domain": "music", "metric": "accuracy", "test": 9, "weight": 9, "knn": 0.5, "mlp": 0.6, "mlp_std": 0.1}
     monkeypatch.setattr(probe, "find_spec", lambda name: None)
-    assert main("--encoder", folder, "--data", "x", "--plot", tmp_path / "f.png") == "error: --plot needs matplotlib: pip install matplotlib"
+    assert (main("--encoder", folder, "--data", "x", "--plot", tmp_path / "f.png")
+            == "error: --plot needs matplotlib: pip install matplotlib")
     pytest.importorskip("matplotlib")
-    probe.plot({"a/one": {"drum": scores, "caption": scores | {"knn": None}}, "a/two": {"drum": scores, "caption": scores}}, tmp_path / "f.png")
+    probe.plot({"a/one": {"drum": scores, "caption": scores | {"knn": None}},
+                "a/two": {"drum": scores, "caption": scores}}, tmp_path / "f.png")
     assert (tmp_path / "f.png").stat().st_size > 5000
 
 
 def test_averages_and_references():
-    r = lambda knn, mlp, weight, domain: {"domain": domain, "metric": "accuracy", "test": weight, "weight": weight, "knn": knn,
-                                          "mlp": mlp, "mlp_std": 0.0}
+    r = lambda knn, mlp, weight, domain: {"domain": domain, "metric": "accuracy", "test": weight, "weight": weight,
+                                          "knn": knn, "mlp": mlp, "mlp_std": 0.0}
     scores = {"a": r(1.0, 0.5, 100, "speech"), "b": r(0.0, 1.0, 300, "music"), "c": r(None, 0.0, 100, "music")}
     means = probe.averages(scores)
     assert means["all"] == pytest.approx({"knn": 0.25, "knn_plain": 0.5, "mlp": 0.7, "mlp_plain": 0.5})
@@ -521,7 +532,8 @@ def test_scores_during_training(tmp_path, folder):
     for n in valid:  # without valid: never on test
         tasks[0].clips[n] = tasks[0].clips[n]._replace(split="held out")
     assert probe.knn_scores(encoder, tasks, train_clips=40, test_clips=6, device="cpu") == scores
-    few = probe.Task("few", dataclasses.replace(tasks[0].spec, metric="1 - EER"), [c for c in tasks[0].clips if c.label != "low"])
+    few = probe.Task("few", dataclasses.replace(tasks[0].spec, metric="1 - EER"),
+                     [c for c in tasks[0].clips if c.label != "low"])
     high = [c for c in few.clips if c.split != "held out" or c.label == "high"]
     assert probe.knn_scores(encoder, [few], device="cpu").keys() == {"few"}
     assert probe.knn_scores(encoder, [dataclasses.replace(few, clips=high)], device="cpu") == {}  # one class is no EER
@@ -567,11 +579,12 @@ def test_xares_folds(tmp_path, folder):
     """ESC-50's form: five folds, each a tar of its own."""
     (tmp_path / "env" / "esc50").mkdir(parents=True)
     for fold in range(1, 6):
-        clips = [(f"{fold}-{i}", tone(list(NOTES.values())[i % 3], seed=10 * fold + i), {"label": i % 3, "target": "x"}) for i in range(6)]
+        clips = [(f"{fold}-{i}", tone(list(NOTES.values())[i % 3], seed=10 * fold + i), {"label": i % 3, "target": "x"})
+                 for i in range(6)]
         write_tar(tmp_path / "env" / "esc50" / f"wds-audio-fold-{fold}-000000.tar", clips)
     out = tmp_path / "o.json"
-    assert main("--encoder", folder, "--xares", tmp_path / "env", "--cache", tmp_path / "cache", "--json", out, "--hidden", 0,
-                "--epochs", 400, "--device", "cpu") == 0
+    assert main("--encoder", folder, "--xares", tmp_path / "env", "--cache", tmp_path / "cache", "--json", out,
+                "--hidden", 0, "--epochs", 400, "--device", "cpu") == 0
     r = json.loads(out.read_text())["encoders"][str(folder)]["tasks"]["esc50"]
     assert r["knn"] == 1 and r["mlp"] > 0.8 and (r["test"], r["weight"], len(r["epochs"])) == (6, 400, 15)
 
@@ -587,7 +600,8 @@ def test_xares_frames(tmp_path, folder):
                 start = 0.5 * ((i + len(name)) % 3)
                 audio[round(start * 16000) : round((start + 0.5) * 16000)] += tone(hertz, 0.5, seed=i)
                 events.append({"onset": start, "offset": start + 0.5, "label": name})
-            clips.append((f"{split}{i}", audio, events if i else [{"onset": 0.0, "offset": 2.0, "label": "Dog,Alarm_bell_ringing"}]))
+            clips.append((f"{split}{i}", audio,
+                          events if i else [{"onset": 0.0, "offset": 2.0, "label": "Dog,Alarm_bell_ringing"}]))
         write_tar(tmp_path / "env" / "desed" / f"wds-audio-{split}-000000.tar", clips)
     said = []
     s = settings(tmp_path, encoder=[str(folder)], xares=str(tmp_path / "env"), hidden=32, epochs=200)
@@ -597,7 +611,8 @@ def test_xares_frames(tmp_path, folder):
 
 
 def test_frame_targets():
-    task = make_task(["train"] * 2, [[(0.0, 0.05, "a"), (0.03, 9.0, "b")], [(0.02, 0.04, "a")]], metric="segment F1 macro")
+    task = make_task(["train"] * 2, [[(0.0, 0.05, "a"), (0.03, 9.0, "b")], [(0.02, 0.04, "a")]],
+                     metric="segment F1 macro")
     hot = probe.targets(task, torch.tensor([0] * 5 + [1] * 3))
     assert hot[:, 0].tolist() == [1, 1, 1, 0, 0, 0, 1, 0] and hot[:, 1].tolist() == [0, 0, 1, 1, 1, 0, 0, 0]
 
@@ -619,7 +634,8 @@ def test_xares_table():
 
 def bad(tmp_path, folder, rows, *argv, name="notes"):
     path = write_manifest(tmp_path, name, rows)
-    message = main("--encoder", folder, "--data", path, "--cache", tmp_path / "cache", "--epochs", 2, "--seeds", 1, *argv)
+    message = main("--encoder", folder, "--data", path, "--cache", tmp_path / "cache", "--epochs", 2, "--seeds", 1,
+                   *argv)
     assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message
     return message
 
@@ -641,7 +657,8 @@ def change(row, **more):
     ({"captions": "a low note"}, "captions is 'a low note'; need a list of texts"),
     ({"captions": []}, "captions is []; need a list of texts"),
     ({"events": [{"start": 0, "end": 1, "note": "c"}]}, "events must be a list of {onset, offset, label}, in seconds"),
-    ({"events": [{"onset": "now", "offset": 1, "label": "c"}]}, "events must be a list of {onset, offset, label}, in seconds"),
+    ({"events": [{"onset": "now", "offset": 1, "label": "c"}]},
+     "events must be a list of {onset, offset, label}, in seconds"),
     ({"events": [{"onset": -0.1, "offset": 1, "label": "c"}]}, "notes.jsonl:1 (notes-0.wav): events must be"),
     ({"events": [{"onset": 1, "offset": 0.5, "label": "c"}]}, "in seconds, 0 <= onset <= offset"),
     ({"events": [{"onset": 0, "offset": math.inf, "label": "c"}]}, "in seconds, 0 <= onset <= offset"),
@@ -658,7 +675,8 @@ def test_bad_folds(tmp_path, folder):
     assert "notes: fold 2 has no clips" in bad(tmp_path, folder, fold(lambda i: (1, 3, 4, 5)[i // 3]))
     assert "need three folds or more" in bad(tmp_path, folder, fold(lambda i: 1 + i // 6))
     assert "splits are 1, 2, 3, test; need" in bad(tmp_path, folder, fold(lambda i: (1, 2, 3, "test")[i // 3]))
-    texts = [(change(row, label=None, captions=["a note"], split=i % 3), None) for i, (row, _) in enumerate(note_rows(12))]
+    texts = [(change(row, label=None, captions=["a note"], split=i % 3), None)
+             for i, (row, _) in enumerate(note_rows(12))]
     assert "notes: its splits are folds; recall@1 needs train and test" in bad(tmp_path, folder, texts)
 
 
@@ -672,18 +690,21 @@ def test_unreadable_clips(tmp_path, folder, capsys):
     rows = note_rows(120)
     rows[7] = (rows[7][0], b"no audio")
     path = write_manifest(tmp_path, "notes", rows)
-    argv = ("--encoder", folder, "--data", path, "--cache", tmp_path / "cache", "--epochs", 2, "--hidden", 0, "--json", tmp_path / "o.json")
+    argv = ("--encoder", folder, "--data", path, "--cache", tmp_path / "cache", "--epochs", 2, "--hidden", 0,
+            "--json", tmp_path / "o.json")
     for _ in range(2):  # from the cache, too
         assert main(*argv) == 0
         assert "notes.jsonl:8 (notes-7.wav)" in capsys.readouterr().err
-        assert json.loads((tmp_path / "o.json").read_text())["encoders"][str(folder)]["tasks"]["notes"]["unreadable"] == 1
+        assert (json.loads((tmp_path / "o.json").read_text())["encoders"][str(folder)]["tasks"]["notes"]["unreadable"]
+                == 1)
     message = bad(tmp_path, folder, rows[:60])
     assert "notes: 1 of 60 clips cannot be read, over 1 %: " in message and "notes-7.wav" in message
 
 
 def test_parts_without_clips_or_classes(tmp_path, folder):
     def splits(of, **more):
-        return [(change(row, split=of(i), label=("low", "high")[i % 2], **more), audio) for i, (row, audio) in enumerate(note_rows(120))]
+        return [(change(row, split=of(i), label=("low", "high")[i % 2], **more), audio)
+                for i, (row, audio) in enumerate(note_rows(120))]
 
     rows = splits(lambda i: "valid" if i == 7 else "test" if i > 80 else "train")
     rows[7] = (rows[7][0], b"no audio")
@@ -691,7 +712,8 @@ def test_parts_without_clips_or_classes(tmp_path, folder):
     rows = splits(lambda i: "valid" if i % 7 == 0 else "test" if i in (81, 83) else "train", metric="1 - EER")
     assert "notes: only one class is left in test; 1 - EER needs both" in bad(tmp_path, folder, rows)
     assert "notes: no readable clip is left in train" in bad(tmp_path, folder, [
-        (change(row, split="test" if i else "train", label=str(i % 2)), audio) for i, (row, audio) in enumerate(note_rows(12))])
+        (change(row, split="test" if i else "train", label=str(i % 2)), audio)
+        for i, (row, audio) in enumerate(note_rows(12))])
 
 
 def test_features_that_are_not_finite(tmp_path, folder):
@@ -709,12 +731,14 @@ def test_a_gpu_without_room_is_one_line(tmp_path, folder, monkeypatch):
     monkeypatch.setattr(probe, "extract", full)
     data = write_manifest(tmp_path, "notes", note_rows(12))
     said = main("--encoder", folder, "--data", data, "--cache", tmp_path / "cache")
-    assert said == "error: CUDA out of memory. Tried to allocate 80 GiB. Lower --batch-seconds, or probe on --device cpu"
+    assert said == ("error: CUDA out of memory. Tried to allocate 80 GiB. "
+                    "Lower --batch-seconds, or probe on --device cpu")
 
 
 def test_notes(tmp_path, folder):
     """Not errors, but said: no valid split, a class that train lacks."""
-    rows = [(change(row, split={"valid": "train"}.get(row["split"], row["split"])), audio) for row, audio in note_rows(24)]
+    rows = [(change(row, split={"valid": "train"}.get(row["split"], row["split"])), audio)
+            for row, audio in note_rows(24)]
     rows[10] = (change(rows[10][0], label="other", split="test"), rows[10][1])
     said = []
     probe.run(settings(tmp_path, encoder=[str(folder)], data=[write_manifest(tmp_path, "notes", rows)]), said.append)
@@ -723,7 +747,8 @@ def test_notes(tmp_path, folder):
     rows = [(change(row, split=i % 4), audio) for i, (row, audio) in enumerate(note_rows(24))]
     rows[10] = (change(rows[10][0], label="other"), rows[10][1])
     probe.run(settings(tmp_path, encoder=[str(folder)], data=[write_manifest(tmp_path, "notes", rows)]), said.append)
-    assert "note: notes: no clip of class other is in train when fold 2 is test; its clips elsewhere count as wrong" in said
+    assert ("note: notes: no clip of class other is in train when fold 2 is test; its clips elsewhere count as wrong"
+            in said)
 
 
 def test_bad_flags(tmp_path, folder):
@@ -731,8 +756,10 @@ def test_bad_flags(tmp_path, folder):
     assert main("--encoder", folder) == "error: no task to score; give --data or --xares"
     assert "no such manifest" in main("--encoder", folder, "--data", tmp_path / "none.jsonl")
     assert "config.json is missing" in main("--encoder", tmp_path, "--data", path, "--cache", tmp_path)
-    assert main("--encoder", folder, "--data", path, "--tasks", "drum") == "error: --tasks drum: not there; found: notes"
-    assert "its folder does not exist" in main("--encoder", folder, "--data", path, "--json", tmp_path / "no" / "o.json")
+    assert (main("--encoder", folder, "--data", path, "--tasks", "drum")
+            == "error: --tasks drum: not there; found: notes")
+    assert "its folder does not exist" in main("--encoder", folder, "--data", path,
+                                               "--json", tmp_path / "no" / "o.json")
     assert "is a folder" in main("--encoder", folder, "--data", path, "--json", tmp_path)
     assert "--device foo: " in main("--encoder", folder, "--data", path, "--device", "foo")
     assert "none/config.json is missing" in main("--encoder", folder, tmp_path / "none", "--data", path)
@@ -742,7 +769,8 @@ def test_bad_flags(tmp_path, folder):
     (tmp_path / "both" / "notes").mkdir(parents=True)
     (tmp_path / "both" / "esc50").mkdir()
     twin = write_manifest(tmp_path, "twin", [(change(row, task="esc50"), None) for row, _ in note_rows(12)])
-    assert "esc50: in --data and in --xares; rename" in main("--encoder", folder, "--data", twin, "--xares", tmp_path / "both")
+    assert "esc50: in --data and in --xares; rename" in main("--encoder", folder, "--data", twin,
+                                                             "--xares", tmp_path / "both")
     assert "must be positive" in main("--encoder", folder, "--data", path, "--seeds", 0)
     assert main("--encoder", folder, "--data", path, "--no-such-flag", "1") == 2
     (tmp_path / "env" / "esc50").mkdir(parents=True)

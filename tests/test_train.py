@@ -49,7 +49,8 @@ def make_rows(folder, task, answers, sounds, clips, **more):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, whisper, qwen):
-    """Weights and a manifest of three tasks with two answers each; one task takes its instructions from the templates."""
+    """Weights and a manifest of three tasks with two answers each;
+    one task takes its instructions from the templates."""
     folder = tmp_path_factory.mktemp("world")
     sine = lambda hertz: lambda draw, seconds: tone(seconds, hertz * draw.uniform(0.9, 1.1))
     hiss = lambda level: lambda draw, seconds: draw.normal(0, level, int(16_000 * seconds)).astype(np.float32)
@@ -63,9 +64,9 @@ def world(tmp_path_factory, whisper, qwen):
 
 def options(world, out, **changes) -> list[str]:
     """The command line of the tests' usual run, with changes (None leaves a flag out)."""
-    settings = dict(data=world.data, encoder=world.encoder, decoder=world.decoder, out=out, precision="fp32", device="cpu",
-                    steps=STEPS, freeze_encoder=FROZEN, warmup=2, batch_seconds=5, workers=0, log_every=2, save_every=3,
-                    eval_every=6, keep=10, samples=4) | changes
+    settings = dict(data=world.data, encoder=world.encoder, decoder=world.decoder, out=out, precision="fp32",
+                    device="cpu", steps=STEPS, freeze_encoder=FROZEN, warmup=2, batch_seconds=5, workers=0,
+                    log_every=2, save_every=3, eval_every=6, keep=10, samples=4) | changes
     flags = []
     for name, value in settings.items():
         if value is not None and value is not False:
@@ -206,7 +207,8 @@ RANKS = train.Ranks(0, 1, torch.device("cpu"))
 
 
 def gradient(world, loss, sizes, checkpoint_layers=False):
-    """Minus the gradient of one update on the same 12 clips, of all tasks, in batches of these sizes: what plain SGD subtracts."""
+    """Minus the gradient of one update on the same 12 clips, of all tasks, in batches of these sizes:
+    what plain SGD subtracts."""
     flags = options(world, "unused", loss=loss, clip=1e9, freeze_encoder=0, checkpoint_layers=checkpoint_layers)
     s = train.parse(flags)
     rows = Rows(world.data, answers=True)
@@ -288,7 +290,8 @@ def test_config_and_metrics(undisturbed, world):
     logged = [line for line in lines if "loss" in line]
     assert [line["step"] for line in logged] == list(range(2, STEPS + 1, 2))
     for line in logged:
-        assert line.keys() == {"step", "loss", "tasks", "norm", "lr", "audio_seconds_per_second", "memory_gib", "skipped"}
+        assert line.keys() == {"step", "loss", "tasks", "norm", "lr", "audio_seconds_per_second", "memory_gib",
+                               "skipped"}
         assert line["tasks"].keys() <= {"height", "sound_event", "level"} and not line["skipped"]
         assert all(0 < x < 100 for x in (line["loss"], line["norm"], line["memory_gib"], *line["tasks"].values()))
         assert line["audio_seconds_per_second"] > 0 and line["lr"].keys() == {"encoder", "adapter"}
@@ -316,7 +319,8 @@ def test_load_run_reads_the_newest_checkpoint(undisturbed):
 
 
 def test_the_encoder_is_frozen_and_let_go(undisturbed, world):
-    start = {f"model.encoder.{k}": v for k, v in UniWhisper.from_folders(world.encoder, world.decoder).encoder.state_dict().items()}
+    start = {f"model.encoder.{k}": v
+             for k, v in UniWhisper.from_folders(world.encoder, world.decoder).encoder.state_dict().items()}
     frozen, free, last = (weights(undisturbed.out, step) for step in (FROZEN, 6, STEPS))
     assert all(torch.equal(frozen[k], v) for k, v in start.items())
     assert not torch.equal(frozen["fc2.weight"], last["fc2.weight"])
@@ -324,16 +328,18 @@ def test_the_encoder_is_frozen_and_let_go(undisturbed, world):
         assert torch.equal(start[k], last[k]) == ("embed_positions" in k), k
         assert torch.equal(start[k], free[k]) == ("embed_positions" in k), k
     adapter = len([k for k in frozen if k.startswith(("norm.", "fc1.", "fc2."))])
-    states = [len(torch.load(step_folder(undisturbed.out, step) / "trainer.pt")["optimizer"]["state"]) for step in (FROZEN, 6)]
+    states = [len(torch.load(step_folder(undisturbed.out, step) / "trainer.pt")["optimizer"]["state"])
+              for step in (FROZEN, 6)]
     assert states == [adapter, adapter + len(start) - 1]
 
 
 def test_bf16_and_the_other_options_run(world, tmp_path):
-    succeed(Run(options(world, tmp_path / "run", precision="bf16", loss="example", checkpoint_layers=True, steps=2, workers=1,
-                        probe_every=2, probe_data=world.data, task_weights=["height=1", "level=3"])))
+    succeed(Run(options(world, tmp_path / "run", precision="bf16", loss="example", checkpoint_layers=True, steps=2,
+                        workers=1, probe_every=2, probe_data=world.data, task_weights=["height=1", "level=3"])))
     lines = metrics(tmp_path / "run")
     assert all(line["tasks"].keys() <= {"height", "level"} for line in lines if "loss" in line)
-    assert [line["knn"].keys() for line in lines if "knn" in line] == [{"height", "sound_event", "level"}] * 2  # before, and then
+    assert ([line["knn"].keys() for line in lines if "knn" in line]
+            == [{"height", "sound_event", "level"}] * 2)  # before, and then
 
 
 # ---------------------------------------------------------------- ranks
@@ -342,7 +348,8 @@ def test_torchrun_equals_one_process(world, tmp_path):
     same = dict(steps=5, freeze_encoder=2, save_every=1, log_every=1)
     argv = options(world, tmp_path / "two", **same, workers=1)
     one = Run(options(world, tmp_path / "one", **same, accumulate=2))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", HERE.parent / "train.py"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+               HERE.parent / "train.py"]
     two = subprocess.run([*command, *argv], capture_output=True, text=True, timeout=300)
     assert two.returncode == 0, two.stderr
     succeed(one)
@@ -430,9 +437,11 @@ def limit_file_size(size):
 
 
 def test_no_room_for_a_checkpoint(world, tmp_path, undisturbed):
-    sizes = [(step_folder(undisturbed.out, 6) / name).stat().st_size for name in ("encoder/model.safetensors", "trainer.pt")]
+    sizes = [(step_folder(undisturbed.out, 6) / name).stat().st_size
+             for name in ("encoder/model.safetensors", "trainer.pt")]
     argv = options(world, tmp_path / "run")
-    text = Run(argv, partial(limit_file_size, sum(sizes) // 2)).fail()  # once the encoder's moments come in, it is too much
+    # once the encoder's moments come in, it is too much
+    text = Run(argv, partial(limit_file_size, sum(sizes) // 2)).fail()
     assert "cannot save" in text and "step-00000006" in text and text.endswith("step-00000003")
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000003"]
     succeed(Run([*argv, "--resume"]))
@@ -444,7 +453,8 @@ def test_no_room_for_a_checkpoint(world, tmp_path, undisturbed):
 def test_no_room_for_the_encoder(undisturbed, world, tmp_path):
     shutil.copytree(undisturbed.out, tmp_path / "run")
     size = (undisturbed.out / "encoder/model.safetensors").stat().st_size
-    assert "run/encoder" in Run(options(world, tmp_path / "run", resume=True), partial(limit_file_size, size // 2)).fail()
+    assert "run/encoder" in Run(options(world, tmp_path / "run", resume=True),
+                                partial(limit_file_size, size // 2)).fail()
 
 
 def test_resume_wants_the_same_settings(undisturbed, world, tmp_path, capsys):
@@ -458,11 +468,13 @@ def test_resume_wants_the_same_settings(undisturbed, world, tmp_path, capsys):
     turned = write_manifest(world.folder / "turned.jsonl", world.rows[::-1])  # other numbers for the same rows
     assert "checksum was " in error(capsys, *options(world, out, resume=True, data=turned))
     swap = {"train": "valid", "valid": "train"}
-    swapped = write_manifest(world.folder / "swap.jsonl", [r | {"split": swap.get(r["split"], "test")} for r in world.rows])
+    swapped = write_manifest(world.folder / "swap.jsonl",
+                             [r | {"split": swap.get(r["split"], "test")} for r in world.rows])
     assert "splits was " in error(capsys, *options(world, out, resume=True, data=swapped))
     trainer = step_folder(out, STEPS) / "trainer.pt"
     state = torch.load(trainer)
-    for newer in ("loss", "task_weights", "checksum", "splits"):  # a checkpoint from before there were these: they had the default
+    # a checkpoint from before there were these: they had the default
+    for newer in ("loss", "task_weights", "checksum", "splits"):
         del state["settings"][newer]
     torch.save(state, trainer)
     assert "loss was 'token', is 'example'" in error(capsys, *options(world, out, resume=True, loss="example"))
@@ -487,8 +499,9 @@ def test_a_finished_run_without_checkpoints_is_not_overwritten(undisturbed, worl
 def test_a_task_that_could_not_be_read_at_the_start_is_reported_later(monkeypatch):
     monkeypatch.setattr(train, "evaluate", lambda *a: {"old": 1.0, "new": 2.0})
     said = []
-    t = SimpleNamespace(s=SimpleNamespace(samples=0, steps=9), step=5, held_out=[(0, [0])], before={"old": 3.0}, model=None,
-                        batches=None, ranks=SimpleNamespace(rank=0, say=said.append), log=SimpleNamespace(write=lambda *a, **k: 0))
+    t = SimpleNamespace(s=SimpleNamespace(samples=0, steps=9), step=5, held_out=[(0, [0])], before={"old": 3.0},
+                        model=None, batches=None, ranks=SimpleNamespace(rank=0, say=said.append),
+                        log=SimpleNamespace(write=lambda *a, **k: 0))
     train.report(t)
     assert said == ["step 5/9  held-out loss: old 3.000 -> 1.000  new 2.000"]
 
@@ -505,7 +518,8 @@ def test_a_run_of_non_finite_updates_changes_nothing_and_ends(world, tmp_path):
     bad = loud(world.folder, "clips/loud.wav")
     rows = [row | {"audio": bad} if row["split"] == "train" else row for row in world.rows]
     out = tmp_path / "run"
-    text = Run(options(world, out, data=write_manifest(world.folder / "loud.jsonl", rows), save_every=1, freeze_encoder=0)).fail()
+    text = Run(options(world, out, data=write_manifest(world.folder / "loud.jsonl", rows), save_every=1,
+                       freeze_encoder=0)).fail()
     assert f"{train.BAD_STEPS_IN_A_ROW} updates in a row were not finite" in text
     last = train.BAD_STEPS_IN_A_ROW - 1
     assert same_bits(weights(out, 1), weights(out, last))
@@ -525,7 +539,8 @@ def test_dirty_data_is_named_and_left_out(world, tmp_path):
     for i in range(len(read)):  # the same lengths as before, so the same stream
         rows[places[read[i]["audio"]]]["seconds"] = float(read.seconds[i])
     nan, text, gone = (places[read[i]["audio"]] for i in (stream[6][0], stream[9][-1], read.where("valid")[0]))
-    rows[nan]["audio"], rows[text]["audio"], rows[gone]["audio"] = loud(world.folder, "clips/loud.wav"), "clips/text.wav", "gone.wav"
+    rows[nan]["audio"], rows[text]["audio"], rows[gone]["audio"] = (
+        loud(world.folder, "clips/loud.wav"), "clips/text.wav", "gone.wav")
     (world.folder / "clips/text.wav").write_text("not audio")
     data = write_manifest(world.folder / "dirty.jsonl", rows)
     both = start_ranks(options(world, tmp_path / "run", **more, data=data))
@@ -577,7 +592,8 @@ def test_an_error_in_a_worker_is_one_line(world, tmp_path):
     (dict(task_weights=["height"]), "--task-weights takes TASK=NUMBER, not height"),
     (dict(task_weights=["height=much"]), "--task-weights takes TASK=NUMBER, not height=much"),
     (dict(task_weights=["height=-1"]), "task weights {'height': -1.0}: each must be a number of 0 or more"),
-    (dict(task_weights=["height=0"]), "task weights {'height': 0.0}: each must be a number of 0 or more, and one must be above"),
+    (dict(task_weights=["height=0"]),
+     "task weights {'height': 0.0}: each must be a number of 0 or more, and one must be above"),
     (dict(task_weights=["depth=1"]), "['depth']"),
     (dict(probe_every=0, probe_data="nowhere.jsonl"), "--probe-every is 0; it must be above 0"),
     (dict(probe_every=3, probe_data="nowhere.jsonl"), "nowhere.jsonl: no such manifest or tar"),
@@ -613,16 +629,21 @@ def test_bad_weights(world, tmp_path, capsys):
     bare = tmp_path / "bare"
     shutil.copytree(world.decoder, bare)
     make_tokenizer(bare, chat_tokens=())
-    assert "lacks the chat tokens <|im_start|>, <|im_end|>" in error(capsys, *options(world, tmp_path / "run", decoder=bare))
+    assert "lacks the chat tokens <|im_start|>, <|im_end|>" in error(
+        capsys, *options(world, tmp_path / "run", decoder=bare))
     (bare / "tokenizer.json").write_text("{")
     assert "tokenizer.json" in error(capsys, *options(world, tmp_path / "run", decoder=bare))
     (bare / "model.safetensors").write_bytes(b"0123456789")
     assert "damaged" in error(capsys, *options(world, tmp_path / "run", decoder=bare))
 
 
-@pytest.mark.parametrize("flags, says", [(["--stepps", "3"], "unrecognized arguments"), (["--step", "3"], "unrecognized arguments"),
-                                         (["--loss", "word"], "invalid choice"), (["--device", "tpu"], "invalid choice"),
-                                         (["--steps", "many"], "invalid int value")])
+@pytest.mark.parametrize("flags, says", [
+    (["--stepps", "3"], "unrecognized arguments"),
+    (["--step", "3"], "unrecognized arguments"),
+    (["--loss", "word"], "invalid choice"),
+    (["--device", "tpu"], "invalid choice"),
+    (["--steps", "many"], "invalid int value"),
+])
 def test_unknown_flags_are_errors(capsys, flags, says):
     with pytest.raises(SystemExit) as end:
         train.parse(flags)

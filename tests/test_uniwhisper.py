@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import uniwhisper
 from conftest import RATE, VOCABULARY, assert_one_line, make_qwen, make_tokenizer, noise, tone, write_clip
-from uniwhisper import (AnswerLoss, ChatTokenizer, QwenDecoder, UniWhisper, WhisperEncoder, attend, encoder_lengths, load_run,
-                        log_mel_spectrogram, newest_checkpoint, save_encoder)
+from uniwhisper import (AnswerLoss, ChatTokenizer, QwenDecoder, UniWhisper, WhisperEncoder, attend, encoder_lengths,
+                        load_run, log_mel_spectrogram, newest_checkpoint, save_encoder)
 
 WINDOW = 30 * RATE
 transformers = pytest.importorskip("transformers")
@@ -294,7 +294,8 @@ def test_chat_is_laid_out_as_designed(model):
 def test_qwen3s_tokenizer_gets_an_empty_thought(tmp_path):
     make_tokenizer(tmp_path, ("<|im_start|>", "<|im_end|>", "<think>", "</think>"))
     t = ChatTokenizer.from_pretrained(tmp_path)
-    assert t.tokenizer.decode(t.tail, skip_special_tokens=False).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
+    assert t.tokenizer.decode(t.tail, skip_special_tokens=False).endswith(
+        "<|im_start|>assistant\n<think>\n\n</think>\n\n")
 
 
 def chats(model, theirs, batch):
@@ -337,7 +338,8 @@ def test_loss_of_many_answer_tokens_is_the_same_in_pieces(model, monkeypatch):
 def test_loss_and_its_gradient_are_cross_entropys():
     hidden, weight = torch.randn(7, 6, requires_grad=True), torch.randn(11, 6)
     labels, scale = torch.randint(11, (7,)), torch.rand(7)  # every row's gradient is scaled by its own number
-    ours, theirs = AnswerLoss.apply(hidden, weight, labels), F.cross_entropy(hidden @ weight.T, labels, reduction="none")
+    ours, theirs = (AnswerLoss.apply(hidden, weight, labels),
+                    F.cross_entropy(hidden @ weight.T, labels, reduction="none"))
     assert_close(ours, theirs, 1e-6)
     slopes = [torch.autograd.grad((x * scale).sum(), hidden)[0] for x in (ours, theirs)]
     assert_close(*slopes, 1e-5)
@@ -348,9 +350,11 @@ def test_loss_and_its_gradient_are_cross_entropys():
 def test_fp16_keeps_the_gradient_of_a_token_that_is_all_but_learned():
     weight, labels = torch.tensor([[0.05, 0.0], [-0.05, 0.02]]).half(), torch.tensor([0])
     slopes = []
-    for dtype, loss_of in ((torch.float16, AnswerLoss.apply), (torch.float64, lambda h, w, y: F.cross_entropy(h @ w.T, y))):
+    for dtype, loss_of in ((torch.float16, AnswerLoss.apply),
+                           (torch.float64, lambda h, w, y: F.cross_entropy(h @ w.T, y))):
         hidden = torch.tensor([[125.0, 3.0]], dtype=dtype, requires_grad=True)  # 1 - p = 4e-6
-        slopes.append(torch.autograd.grad(loss_of(hidden, weight.to(dtype), labels).sum() * 2.0**16, hidden)[0])  # a loss scale
+        slopes.append(torch.autograd.grad(loss_of(hidden, weight.to(dtype), labels).sum() * 2.0**16,  # a loss scale
+                                          hidden)[0])
     assert_close(slopes[0].double(), slopes[1], 0.02)
 
 
@@ -509,7 +513,8 @@ BAD_FOLDERS = {  # what is done to a good folder, and what the one line must nam
     "sliding window": (edit_config(use_sliding_window=True), "use_sliding_window"),
     "other width": (edit_config(hidden_size=60), "shape of embed_tokens.weight is (521, 56)"),
     "a size is text": (edit_config(hidden_size="56"), "hidden_size is '56'; need whole numbers above 0"),
-    "a size is null": (edit_config(num_key_value_heads=None), "num_key_value_heads is None; need whole numbers above 0"),
+    "a size is null": (edit_config(num_key_value_heads=None),
+                       "num_key_value_heads is None; need whole numbers above 0"),
     "rope is text": (edit_config(rope_parameters="x"), "rope settings are 'x'; need an object"),
     "index is a list": (write("model.safetensors.index.json", '{"weight_map": []}'), "weight_map is no object"),
     "missing shard": (remove("model-00002*"), "model-00002"),
