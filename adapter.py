@@ -23,19 +23,18 @@ class StackAdapter(nn.Module):
     Shapes: (B, T, d_audio), zero beyond each clip's own length -> (B, ceil(T / stack), d_text).
     """
 
-    def __init__(self, d_audio: int, d_text: int, stack: int = 4, hidden: int | None = None, output_rms: float = 0.02):
+    def __init__(self, d_audio: int, d_text: int, stack: int = 4, output_rms: float = 0.02):
         super().__init__()
         if stack < 1:
             raise ValueError(f"stack is {stack}; it must be at least 1")
         self.stack = stack
-        hidden = hidden or d_text
         self.norm = nn.LayerNorm(stack * d_audio)
-        self.fc1 = nn.Linear(stack * d_audio, hidden)
-        self.fc2 = nn.Linear(hidden, d_text)
+        self.fc1 = nn.Linear(stack * d_audio, d_text)
+        self.fc2 = nn.Linear(d_text, d_text)
         # LayerNorm's unit variance passes fc1 and fc2 unchanged; between them GELU takes it down to GELU_RMS.
         self.register_buffer("gain", torch.tensor(output_rms / GELU_RMS))
         nn.init.normal_(self.fc1.weight, std=(stack * d_audio) ** -0.5)
-        nn.init.normal_(self.fc2.weight, std=hidden**-0.5)
+        nn.init.normal_(self.fc2.weight, std=d_text**-0.5)
         nn.init.zeros_(self.fc1.bias)
         nn.init.zeros_(self.fc2.bias)
 

@@ -284,7 +284,10 @@ class Rows:
 
     def _header(self, path, at) -> tarfile.TarInfo:
         """The header of the tar member that stands at `at`."""
-        return tarfile.TarInfo.frombuf(self._pread(path, 512, at), "utf-8", "surrogateescape")
+        try:
+            return tarfile.TarInfo.frombuf(self._pread(path, 512, at), "utf-8", "surrogateescape")
+        except tarfile.HeaderError:
+            raise AudioError(f"{path}: no member at byte {at} any more; the file has changed since the start") from None
 
     def _content(self, path, at) -> bytes:
         return self._pread(path, self._header(path, at).size, at + 512)
@@ -292,10 +295,9 @@ class Rows:
     def __getitem__(self, i: int) -> dict:
         path, at = self.paths[self.file[i]], int(self.at[i])
         if self.audio_at[i] < 0:
-            line = self._pread(path, 4096, at)
-            while b"\n" not in line and (more := self._pread(path, 65536, at + len(line))):
-                line += more
-            return json.loads(line.split(b"\n", 1)[0])
+            with open(path, "rb") as f:
+                f.seek(at)
+                return json.loads(f.readline())
         row = _member_row(self._content(path, at))
         row.setdefault("audio", self._header(path, int(self.audio_at[i])).name)
         return row
@@ -323,11 +325,9 @@ class Rows:
         path = self.paths[self.file[i]]
         if self.audio_at[i] >= 0:
             return f"{path} ({self._header(path, int(self.audio_at[i])).name})"
-        line, left = 1, int(self.at[i])
+        at = int(self.at[i])
         with open(path, "rb") as f:
-            while left > 0:
-                some = f.read(min(left, 2**20))
-                line, left = line + some.count(b"\n"), left - len(some)
+            line = 1 + sum(f.read(min(2**20, at - n)).count(b"\n") for n in range(0, at, 2**20))
         return f"{path}:{line} ({self[i]['audio']})"
 
     def where(self, split: str) -> np.ndarray:
@@ -557,9 +557,7 @@ class Batches(Dataset):
         tasks = [self.rows.tasks[self.rows.task[i]] for i in kept]
         instructions = [r.get("instruction") or draw.choice(TEMPLATES[t]) for r, t in zip(rows, tasks)]
         samples = torch.tensor([len(clips[i]) for i in kept])
-        audio = torch.zeros(len(kept), int(samples.max()))
-        for line, i in zip(audio, kept):
-            line[: len(clips[i])] = clips[i]
+        audio = torch.nn.utils.rnn.pad_sequence([clips[i] for i in kept], batch_first=True)
         return Batch(audio, samples, [self.tokenizer.prompt(t) for t in instructions],
                      [self.tokenizer.answer(r["answer"].strip()) for r in rows], tasks,
                      kept, instructions, [r["answer"].strip() for r in rows], skipped)

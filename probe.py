@@ -464,11 +464,11 @@ def manifest_tasks(rows: Rows) -> list[Task]:
                 raise ValueError(f"domain {spec.domain}, {kind}, metric {spec.metric}; its task {task.name} begins "
                                  f"with {task.spec.domain}, {task.spec.label}, {task.spec.metric}")
             split = "train" if row.get("split") is None else str(row["split"])
-            if split not in ("train", "valid", "test") and not split.isdigit():
+            if split not in ("train", "valid", "test") and not split.isdecimal():
                 raise ValueError(f"split is {split!r}; need train, valid, test or a fold's number")
         except ValueError as e:
             raise ValueError(f"{rows.name(i)}: {e}") from None
-        task.clips.append(Clip(rows, i, int(split) if split.isdigit() else split, label))
+        task.clips.append(Clip(rows, i, int(split) if split.isdecimal() else split, label))
     return list(tasks.values())
 
 
@@ -586,9 +586,7 @@ def _encode(encoder, pieces: list[torch.Tensor], frames: bool, s) -> list[torch.
     lengths = encoder_lengths(samples)  # (B,)
     if s.context == "30s":  # as Whisper was trained: silence to the window's end is seen, but not averaged
         samples = -(-samples // WINDOW) * WINDOW
-    audio = torch.zeros(len(pieces), int(samples.max()))
-    for row, piece in zip(audio, pieces):
-        row[: len(piece)] = piece
+    audio = nn.utils.rnn.pad_sequence(pieces, batch_first=True)
     amp = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(s.precision)
     with torch.inference_mode(), torch.autocast(device.type, amp, enabled=amp is not None):
         x = encoder.encode(audio.to(device), samples, s.layer)[0][:, : int(lengths.max())].float()  # (B, T, D)
@@ -697,24 +695,22 @@ def score(task: Task, x, clip, s, encoder=None) -> dict:
 
 
 @torch.no_grad()
-def knn_scores(encoder, tasks: list[Task], train_clips=300, test_clips=200, split="valid",
-               **settings) -> dict[str, float]:
+def knn_scores(encoder, tasks: list[Task], train_clips=300, test_clips=200, **settings) -> dict[str, float]:
     """{task: kNN score} of an encoder in training: cheap, for it looks at few clips a task, always the same.
 
-    Class and tagging tasks are scored on `split` (what a run is watched by should not be test), where a task has none
-    on what `check` held out of train, or on the last fold; a task of 1 - EER is left out where these few clips are of
-    one class. settings: Settings' names, e.g. context="30s". Raises ValueError.
+    Class and tagging tasks are scored on valid (what a run is watched by should not be test), where a task has none on
+    what `check` held out of train, or on the last fold; a task of 1 - EER is left out where these few clips are of one
+    class. settings: Settings' names, e.g. context="30s". Raises ValueError.
     """
     s, training, scores = Settings(**settings), encoder.training, {}
     encoder.eval()
     try:
         for task in tasks:
             draw = torch.randperm(len(task.clips), generator=torch.Generator().manual_seed(0)).tolist()
-            clips, splits = [task.clips[n] for n in draw], {c.split for c in task.clips}
-            folds = {f for f in splits if isinstance(f, int)}
-            part = max(folds) if folds else split if split in splits else "held out"
-            near = [c for c in clips if (c.split != part if folds else c.split == "train")][:train_clips]
-            far = [c for c in clips if c.split == part][:test_clips]
+            clips = [task.clips[n] for n in draw]
+            part = {"valid", "held out", max((c.split for c in clips if isinstance(c.split, int)), default=None)}
+            near = [c for c in clips if c.split not in part | {"test"}][:train_clips]
+            far = [c for c in clips if c.split in part][:test_clips]
             one = task.spec.metric == "1 - EER" and len({c.label for c in far}) < 2  # of so few clips
             if not task.spec.knn or not near or not far or one:
                 continue
@@ -879,7 +875,7 @@ def run(s: Settings, say) -> dict:
 
 def check_flags(s: Settings) -> None:
     """Raises ValueError for what would fail only after the work is done."""
-    if s.seeds < 1 or s.hidden < 0 or s.batch_seconds <= 0 or s.epochs is not None and s.epochs < 1:
+    if s.seeds < 1 or s.hidden < 0 or not 0 < s.batch_seconds < math.inf or s.epochs is not None and s.epochs < 1:
         raise ValueError("--seeds, --epochs and --batch-seconds must be positive, --hidden 0 or more")
     if s.plot and find_spec("matplotlib") is None:
         raise ValueError("--plot needs matplotlib: pip install matplotlib")

@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from torch.nn.parallel import DistributedDataParallel
 
 from data import SAMPLE_RATE, Batches, Rows, Sampler, held_out, loader
-from uniwhisper import UniWhisper, load_strictly, newest_checkpoint, read_weights, save_encoder
+from uniwhisper import UniWhisper, newest_checkpoint, save_encoder
 
 HERE = Path(__file__).parent
 BAD_STEPS_IN_A_ROW = 5  # non-finite updates after which a run ends (25 with fp16, which first has to find its scale)
@@ -69,7 +69,7 @@ class Settings:
     warmup: int = flag(100, "updates of linear warm-up; then a cosine to a tenth")
     freeze_encoder: int = flag(0, "first updates that train the adapter alone")
     weight_decay: float = flag(0.01, "AdamW's, on matrices")
-    clip: float = flag(1.0, "largest gradient norm")
+    grad_clip: float = flag(1.0, "largest gradient norm")
     loss: str = flag("token", "mean over all answer tokens of an update, or over its clips",
                      choices=("token", "example"))
     precision: str = flag("", "default: bf16 where the device has it, else fp32", choices=tuple(PRECISIONS))
@@ -84,7 +84,7 @@ class Settings:
     log_every: int = flag(10, "updates between log lines")
     eval_every: int = flag(500, "updates between held-out evaluations")
     eval_clips: int = flag(64, "held-out clips per task for the loss (0: all)")
-    samples: int = flag(20, "held-out questions that the model answers at each evaluation")
+    questions: int = flag(20, "held-out questions that the model answers at each evaluation")
     save_every: int = flag(500, "updates between checkpoints")
     keep: int = flag(2, "checkpoints kept")
     probe_data: tuple[str, ...] = flag((), "manifests and tars for kNN probes of the encoder during training",
@@ -95,11 +95,11 @@ class Settings:
 
 # What may differ when a run is resumed; everything else would change its numbers.
 FREE_ON_RESUME = {"resume", "out", "workers", "log_every", "save_every", "keep", "checkpoint_layers",
-                  "eval_every", "eval_clips", "samples", "probe_every", "probe_data", "data"}
+                  "eval_every", "eval_clips", "questions", "probe_every", "probe_data", "data"}
 # The embedded example: what `python train.py` alone means.
 EXAMPLE = dict(encoder=str(HERE / "weights/tiny/encoder"), decoder=str(HERE / "weights/tiny/decoder"),
                out="out/example", steps=600, batch_seconds=32.0, warmup=20, lr_encoder=1e-3, lr_adapter=2e-3,
-               workers=1, threads=1, log_every=25, eval_every=300, save_every=300, samples=36)
+               workers=1, threads=1, log_every=25, eval_every=300, save_every=300, questions=36)
 
 
 def parse(argv=None) -> Settings:
@@ -116,11 +116,11 @@ def parse(argv=None) -> Settings:
     for name in ("encoder", "decoder"):
         if not getattr(s, name):
             raise ValueError(f"--data needs --{name}, a Hugging Face folder; see weights/README.md")
-    for name in ("steps", "batch_seconds", "accumulate", "stack", "max_seconds", "temperature", "clip", "log_every",
-                 "eval_every", "save_every", "keep", "probe_every"):
+    for name in ("steps", "batch_seconds", "accumulate", "stack", "max_seconds", "temperature", "grad_clip",
+                 "log_every", "eval_every", "save_every", "keep", "probe_every"):
         if not 0 < getattr(s, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(s, name)}; it must be above 0")
-    for name in ("threads", "workers", "samples", "eval_clips", "warmup", "freeze_encoder", "seed", "lr_encoder",
+    for name in ("threads", "workers", "questions", "eval_clips", "warmup", "freeze_encoder", "seed", "lr_encoder",
                  "lr_adapter", "weight_decay"):
         if not 0 <= getattr(s, name) < math.inf:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(s, name)}; it must be 0 or more")
@@ -196,11 +196,8 @@ def build_model(s: Settings, ranks: Ranks, checkpoint: Path | None) -> UniWhispe
     """Encoder and adapter in float32, from a checkpoint if there is one; the decoder in the compute dtype, so that no
     step casts its weights."""
     torch.manual_seed(s.seed)  # the adapter's start, the same on every rank
-    encoder = checkpoint / "encoder" if checkpoint else s.encoder
-    model = UniWhisper.from_folders(encoder, s.decoder, s.stack, PRECISIONS[s.precision])
-    if checkpoint:
-        load_strictly(model.adapter, read_weights(checkpoint / "adapter"), checkpoint / "adapter")
-    model.to(ranks.device)
+    encoder, adapter = (checkpoint / "encoder", checkpoint / "adapter") if checkpoint else (s.encoder, None)
+    model = UniWhisper.from_folders(encoder, s.decoder, s.stack, PRECISIONS[s.precision], adapter).to(ranks.device)
     model.encoder.checkpoint_layers = model.decoder.checkpoint_layers = s.checkpoint_layers
     if s.compile:
         for layer in [*model.encoder.layers, *model.decoder.layers]:
@@ -266,7 +263,7 @@ def save_checkpoint(s: Settings, model, state: dict, step: int) -> None:
         shutil.rmtree(writing, ignore_errors=True)
         raise OSError(f"cannot save {final}: {e}; make room and "
                       f"--resume from {newest_checkpoint(s.out) or 'the start'}") from e
-    for old in sorted(p for p in folder.glob("step-*") if p.name[5:].isdigit())[: -s.keep]:
+    for old in sorted(folder.glob("step-" + 8 * "[0-9]"))[: -s.keep]:
         shutil.rmtree(old.rename(folder / f".old-{old.name}"), ignore_errors=True)  # in use: the next save tries again
 
 
@@ -322,7 +319,6 @@ class Log:
 
     def __init__(self, s: Settings, ranks: Ranks, tasks: list[str], step: int):
         self.s, self.ranks, self.tasks = s, ranks, tasks
-        self.numbers = {t: i for i, t in enumerate(tasks)}
         self.sums = torch.zeros(len(tasks), 2, dtype=torch.float64, device=ranks.device)  # loss, answer tokens
         self.seen = torch.zeros(len(tasks), 2, dtype=torch.float64)  # clips read, clips that could not be read
         self.audio, self.first = 0.0, step
@@ -340,9 +336,9 @@ class Log:
         for batch in batches:
             for task, message in batch.skipped:
                 print(f"skipped: {message}", file=sys.stderr, flush=True)
-                self.seen[self.numbers[task], 1] += 1
+                self.seen[self.tasks.index(task), 1] += 1
             for task in batch.tasks:
-                self.seen[self.numbers[task], 0] += 1
+                self.seen[self.tasks.index(task), 0] += 1
             self.audio += batch.samples.sum().item() / SAMPLE_RATE
         read, bad = self.seen.sum(0).tolist()
         if bad > max(10, 0.01 * (read + bad)):
@@ -375,13 +371,9 @@ class Log:
                        + "  ".join(f"{t} {v:.2f}" for t, v in per_task.items())
                        + f")  lr {'/'.join(f'{r:.1e}' for r in rates.values())}  norm {norm:.2f}  "
                        f"{values['audio_seconds_per_second']:.1f} s/s  {values['memory_gib']:.1f} GiB  "
-                       f"left {clock(left)}")
+                       f"left {timedelta(seconds=int(left))}")
         self.sums.zero_()
         self.audio, self.mark = 0.0, now
-
-
-def clock(seconds: float) -> str:
-    return f"{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}"
 
 
 def peak_memory(device) -> float:
@@ -393,21 +385,25 @@ def peak_memory(device) -> float:
 
 @torch.no_grad()
 def evaluate(s: Settings, model, ranks: Ranks, batches: Batches, specs) -> dict[str, float]:
-    """Held-out loss per task (mean over answer tokens), each rank doing its part of the batches."""
-    numbers = {t: i for i, t in enumerate(batches.rows.tasks)}
-    sums = torch.zeros(len(numbers), 2, dtype=torch.float64, device=ranks.device)
-    for batch in loader(batches, specs[ranks.rank :: ranks.world], s.workers):
+    """Held-out loss per task (mean over answer tokens), each rank doing its part of the batches.
+
+    No workers here: they would be forked while threads of the last collective still let go of Python, and up to Python
+    3.11 such a child can wait forever for a lock that nobody holds any more (python/cpython#112275).
+    """
+    rows = batches.rows
+    sums = torch.zeros(len(rows.tasks), 2, dtype=torch.float64, device=ranks.device)
+    for batch in map(batches.__getitem__, specs[ranks.rank :: ranks.world]):
         for _, message in batch.skipped:
             print(f"skipped: {message}", file=sys.stderr, flush=True)
         with autocast(s):
             losses, tokens = model(batch.to(ranks.device), per_row=True)
-        tally(sums, numbers, batch, losses, tokens)
-    return {t: loss / n for t, (loss, n) in zip(numbers, ranks.sum(sums).tolist()) if n}
+        tally(sums, rows, batch, losses, tokens)
+    return {t: loss / n for t, (loss, n) in zip(rows.tasks, ranks.sum(sums).tolist()) if n}
 
 
-def tally(sums, numbers, batch, losses, tokens) -> None:
+def tally(sums, rows: Rows, batch, losses, tokens) -> None:
     """Add a batch's losses and answer tokens (B,) to its tasks' sums (tasks, 2)."""
-    task = torch.tensor([numbers[t] for t in batch.tasks]).to(sums.device, non_blocking=True)
+    task = torch.from_numpy(rows.task[batch.rows]).to(sums.device, non_blocking=True)
     values = torch.stack((losses.detach().double(), tokens.to(sums.device, non_blocking=True).double()), 1)
     sums.index_add_(0, task, values)
 
@@ -419,7 +415,7 @@ def ask(s: Settings, model, ranks: Ranks, batches: Batches, specs) -> list[dict]
     for i in np.random.default_rng(s.seed).permutation(held_out_rows).tolist():
         by_task.setdefault(int(rows.task[i]), []).append(i)
     turns = [i for turn in itertools.zip_longest(*by_task.values()) for i in turn if i is not None]
-    picked = sorted(turns[: s.samples], key=lambda i: rows.seconds[i])
+    picked = sorted(turns[: s.questions], key=lambda i: rows.seconds[i])
     answers = []
     for n in range(0, len(picked), 8):
         batch = batches[n, picked[n : n + 8]]
@@ -439,7 +435,7 @@ def report(t: "Trainer") -> dict[str, float]:
     t.log.write(t.step, held_out=losses)
     was = lambda task: f"{t.before[task]:.3f} -> " if task in (t.before or {}) else ""
     ranks.say(f"{place}  held-out loss: " + "  ".join(f"{task} {was(task)}{v:.3f}" for task, v in losses.items()))
-    if s.samples and ranks.rank == 0:
+    if s.questions and ranks.rank == 0:
         answers = ask(s, t.model, ranks, t.batches, t.held_out)
         plain = lambda text: " ".join(text.casefold().strip(" .!?\"'").split())
         right = sum(plain(a["truth"]) == plain(a["answer"]) for a in answers)
@@ -458,7 +454,7 @@ def probe(t: "Trainer") -> None:
 
         try:
             scores = knn_scores(t.model.encoder, t.probe_tasks, device=t.s.device, precision=t.s.precision)
-        except ValueError as e:  # no reason to lose the run
+        except (OSError, ValueError) as e:  # no reason to lose the run
             return t.ranks.say(f"step {t.step}/{t.s.steps}  kNN probe left out: {e}")
         t.log.write(t.step, knn=scores)
         t.ranks.say(f"step {t.step}/{t.s.steps}  kNN: " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()))
@@ -520,7 +516,7 @@ def update(s: Settings, run, optimizer, scaler, batches, ranks: Ranks):
             scaler.scale(loss).backward()
         parts.append((losses.detach(), tokens))
     scaler.unscale_(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], s.clip).item()
+    norm = torch.nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], s.grad_clip).item()
     if math.isfinite(norm):
         scaler.step(optimizer)
     scaler.update()
@@ -584,6 +580,8 @@ def train(s: Settings) -> None:
     ArithmeticError when too many updates in a row are not finite."""
     t = Trainer(s)
     ranks, log = t.ranks, t.log
+    # The workers are forked here, before the ranks' first sum: see `evaluate`.
+    stream = iter(loader(t.batches, t.sampler, s.workers, ranks.device.type == "cuda"))
     introduce(t)
     if t.before is None:
         t.before = report(t)
@@ -592,7 +590,6 @@ def train(s: Settings) -> None:
     if s.device == "cpu":
         keep_freed_memory()
     run = None
-    stream = iter(loader(t.batches, t.sampler, s.workers, ranks.device.type == "cuda"))
     log.start = log.mark = time.perf_counter()
     while t.step < s.steps:
         if run is None or t.step == s.freeze_encoder:
@@ -606,7 +603,7 @@ def train(s: Settings) -> None:
         if math.isfinite(norm):
             t.bad = 0
             for batch, (losses, tokens) in zip(batches, parts):
-                tally(log.sums, log.numbers, batch, losses, tokens)
+                tally(log.sums, t.rows, batch, losses, tokens)
         else:
             t.bad += 1
             complain(t, batches, parts, norm)
@@ -660,9 +657,9 @@ def complain(t: Trainer, batches, parts, norm: float) -> None:
     finite = [(i, math.isfinite(x)) for b, (losses, _) in zip(batches, parts) for i, x in zip(b.rows, losses.tolist())]
     gathered = t.ranks.gather(finite)
     if t.ranks.rank == 0:
-        pairs = dict(pair for part in gathered for pair in part)  # row number -> is its loss finite
-        bad = [i for i, fine in pairs.items() if not fine]
-        names = [t.rows.name(i) for i in bad or ([] if t.s.precision == "fp16" else pairs)]
+        draws = [draw for part in gathered for draw in part]  # a row may be drawn twice
+        bad = [i for i, fine in draws if not fine] or [i for i, _ in draws if t.s.precision != "fp16"]
+        names = [t.rows.name(i) for i in dict.fromkeys(bad)]
         print(f"step {t.step}: gradient norm is {norm}, update left out; rows: {', '.join(names) or 'none'}",
               file=sys.stderr, flush=True)
         t.log.write(t.step, non_finite=str(norm), rows=names)

@@ -282,7 +282,8 @@ class WhisperEncoder(nn.Module):
     def encode(self, audio: torch.Tensor, samples: torch.Tensor, layer: int | None = None):
         """audio (B, S), zero beyond samples (B,) -> features (B, T, D), zero beyond lengths (B,) tokens on the CPU.
 
-        Each clip is encoded at its own length; over 30 s in windows of 30 s, their tokens joined.
+        Each clip is encoded at its own length; over 30 s in windows of 30 s, their tokens joined. S may be less than
+        `samples`: silence follows.
         # assumption: the paper does not say whether it pads to 30 s, as Whisper does.
         """
         samples = samples.cpu()
@@ -324,10 +325,9 @@ def save_encoder(encoder: WhisperEncoder, folder, source=None) -> None:
                 tensors[name] = tensor.contiguous()
         for path in Path(source).glob("*"):
             if path.suffix in (".json", ".txt") and ".index." not in path.name and path.name != "config.json":
-                shutil.copy(path, folder / path.name)
-    # Without "dtype", which transformers 5 would believe before torch_dtype.
-    config = {k: v for k, v in encoder.config.items() if k != "dtype"}
-    config |= {"model_type": "whisper", "torch_dtype": "float32"}
+                shutil.copyfile(path, folder / path.name)  # not its mode: it may be read-only
+    # transformers 5 calls it dtype, 4 torch_dtype
+    config = encoder.config | {"model_type": "whisper", "dtype": "float32", "torch_dtype": "float32"}
     config.setdefault("architectures", ["WhisperForConditionalGeneration"])
     preprocessor = {"feature_extractor_type": "WhisperFeatureExtractor", "feature_size": encoder.n_mels,
                     "sampling_rate": SAMPLE_RATE, "hop_length": HOP, "n_fft": N_FFT, "chunk_length": 30,
@@ -658,17 +658,20 @@ class UniWhisper(nn.Module):
         decoder.requires_grad_(False).eval()
 
     @classmethod
-    def from_folders(cls, encoder, decoder, stack: int = 4, dtype: torch.dtype = torch.float32) -> "UniWhisper":
-        """Pretrained encoder and decoder (in `dtype`)
-        with a new adapter that speaks at the scale of the decoder's tokens."""
+    def from_folders(cls, encoder, decoder, stack: int = 4, dtype: torch.dtype = torch.float32,
+                     adapter=None) -> "UniWhisper":
+        """Pretrained encoder and decoder (in `dtype`), and an adapter: that of a checkpoint's folder, or else a new one
+        that speaks at the scale of the decoder's tokens."""
         encoder, tokenizer = WhisperEncoder.from_pretrained(encoder), ChatTokenizer.from_pretrained(decoder)
         folder, decoder = decoder, QwenDecoder.from_pretrained(decoder, dtype)
         top, size = max(tokenizer.tokenizer.get_vocab().values()), decoder.config["vocab_size"]
         if top >= size:
             raise ValueError(f"{folder}: tokenizer.json has id {top}, config.json a vocabulary of {size}")
         rms = decoder.embed_tokens.weight.float().square().mean().sqrt().item()
-        adapter = StackAdapter(encoder.width, decoder.config["hidden_size"], stack, output_rms=rms)
-        return cls(encoder, adapter, decoder, tokenizer)
+        model = cls(encoder, StackAdapter(encoder.width, decoder.config["hidden_size"], stack, rms), decoder, tokenizer)
+        if adapter is not None:
+            load_strictly(model.adapter, read_weights(adapter), adapter)
+        return model
 
     def encode(self, audio: torch.Tensor, samples: torch.Tensor):
         """audio (B, S), samples (B,) -> (features (B, T, D), lengths (B,)): see WhisperEncoder.encode."""
@@ -728,8 +731,7 @@ class UniWhisper(nn.Module):
 
 def newest_checkpoint(run) -> Path | None:
     """The last finished checkpoint folder of a run (only whole ones carry such a name), or None."""
-    found = [p for p in Path(run, "checkpoints").glob("step-*") if p.name[5:].isdigit()]
-    return max(found, key=lambda p: int(p.name[5:]), default=None)
+    return max(Path(run, "checkpoints").glob("step-" + 8 * "[0-9]"), default=None)
 
 
 def _open_run(run) -> tuple[dict, Path]:
@@ -743,9 +745,8 @@ def _open_run(run) -> tuple[dict, Path]:
 def load_run(run, dtype: torch.dtype = torch.float32) -> UniWhisper:
     """The model of a run's newest checkpoint: its encoder and adapter, and the decoder that its config.json names."""
     settings, newest = _open_run(run)
-    model = UniWhisper.from_folders(newest / "encoder", settings["decoder"], settings["stack"], dtype)
-    load_strictly(model.adapter, read_weights(newest / "adapter"), newest / "adapter")
-    return model.eval()
+    return UniWhisper.from_folders(newest / "encoder", settings["decoder"], settings["stack"], dtype,
+                                   newest / "adapter").eval()
 
 
 def blend_encoders(start: WhisperEncoder, trained: WhisperEncoder, share: float) -> None:

@@ -15,7 +15,7 @@ run() {  # NAME "PROBE TASKS" "TASK WEIGHTS" FLAGS...; the later of two equal fl
     [ -f "$out/$name/encoder/config.json" ] || python "$here/train.py" --resume \
         --data "$suite"/*.jsonl --out "$out/$name" --encoder "$weights/whisper-base" --decoder "$weights/qwen2.5-0.5b" \
         --stack 8 --steps 150 --batch-seconds 32 --loss example --lr-encoder 1.5e-4 --lr-adapter 1e-3 --freeze-encoder 20 \
-        --warmup 20 --eval-every 150 --eval-clips 24 --save-every 150 --samples 0 --workers 1 ${mixture:+--task-weights $mixture} "$@"
+        --warmup 20 --eval-every 150 --eval-clips 24 --save-every 150 --questions 0 --workers 1 ${mixture:+--task-weights $mixture} "$@"
     [ -f "$out/$name.json" ] || python "$here/probe.py" --encoder "$out/$name/encoder" --precision bf16 \
         --data "${data[@]}" --json "$out/$name.json"
 }

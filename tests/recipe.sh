@@ -20,7 +20,7 @@ python "$here/probe.py" --encoder "$weights/whisper-base" "$out"/blend-* "$out/e
     --json "$out/probe.json"
 [ -f "$out/before/encoder/config.json" ] || python "$here/train.py" --resume --data "$suite/transcribe.jsonl" --out "$out/before" \
     --stack 8 --encoder "$weights/whisper-base" --decoder "$weights/qwen2.5-0.5b" --steps 1 --batch-seconds 8 --lr-encoder 0 --lr-adapter 0 \
-    --eval-clips 1 --samples 0 --workers 0  # a run that learns nothing
+    --eval-clips 1 --questions 0 --workers 0  # a run that learns nothing
 python "$here/tests/outside.py" words --encoder "${encoders[@]}" --run "$out/before" "$out" --data "$suite/transcribe.jsonl" --clips 100 \
     --json "$out/words.json"
 python "$here/tests/outside.py" knn --encoder "${encoders[@]}" --data "$suite"/{drum,voice,game_sound,pitch,instrument}.jsonl --json "$out/neighbours.json"

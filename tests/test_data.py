@@ -330,6 +330,15 @@ def test_seconds_of_a_tars_clip_come_from_its_header(tmp_path):
     assert np.isclose(rows.seconds[0], 0.7)
 
 
+def test_a_tar_that_changes_after_the_start_is_named(tmp_path):
+    path = write_tar(tmp_path / "t.tar", [("a.json", row()), ("a.wav", bytes_of(tone(0.2), format="WAV"))])
+    rows = Rows(path)
+    with open(path, "r+b") as f:
+        f.write(b"?" * 2**12)
+    with pytest.raises(AudioError, match=r"t\.tar: no member at byte \d+ any more"):
+        rows.audio(0)
+
+
 @pytest.mark.parametrize("kind", ["wav", "flac", "ogg", "mp3"])
 def test_a_tars_clips_are_not_read_for_their_headers_and_names(kind, tmp_path, monkeypatch):
     clip = bytes_of(noise(16_000 * 60).numpy(), format=kind)

@@ -527,7 +527,6 @@ def test_scores_during_training(tmp_path, folder):
     tasks = probe.manifest_tasks(rows)
     scores = probe.knn_scores(encoder, tasks, train_clips=40, test_clips=6, device="cpu")
     assert scores == {"notes": 1.0} and encoder.training
-    assert probe.knn_scores(encoder, tasks, split="test", device="cpu")["notes"] > 0.9
     valid = [n for n, clip in enumerate(tasks[0].clips) if clip.split == "valid"]
     for n in valid:  # without valid: never on test
         tasks[0].clips[n] = tasks[0].clips[n]._replace(split="held out")
@@ -649,6 +648,7 @@ def change(row, **more):
     ({"split": "train"}, "notes: no clip in split test"),
     ({"split": "test"}, "notes: no clip in split train"),
     ({"split": "dev"}, "notes.jsonl:1 (notes-0.wav): split is 'dev'; need train, valid, test or a fold's number"),
+    ({"split": "²"}, "notes.jsonl:1 (notes-0.wav): split is '²'"),
     ({"label": None}, "notes.jsonl:1 (notes-0.wav): lacks a label"),
     ({"task": ""}, "notes.jsonl:1 (notes-0.wav): lacks task"),
     ({"metric": "mean"}, "notes.jsonl:1 (notes-0.wav): metric is 'mean'; with label it can be accuracy or 1 - EER"),
@@ -771,7 +771,8 @@ def test_bad_flags(tmp_path, folder):
     twin = write_manifest(tmp_path, "twin", [(change(row, task="esc50"), None) for row, _ in note_rows(12)])
     assert "esc50: in --data and in --xares; rename" in main("--encoder", folder, "--data", twin,
                                                              "--xares", tmp_path / "both")
-    assert "must be positive" in main("--encoder", folder, "--data", path, "--seeds", 0)
+    for flag, value in (("--seeds", 0), ("--batch-seconds", "nan")):
+        assert "must be positive" in main("--encoder", folder, "--data", path, flag, value)
     assert main("--encoder", folder, "--data", path, "--no-such-flag", "1") == 2
     (tmp_path / "env" / "esc50").mkdir(parents=True)
     assert "wds-audio-fold-1-*.tar: no such manifest or tar" in main("--encoder", folder, "--xares", tmp_path / "env")

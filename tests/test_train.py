@@ -5,6 +5,7 @@ A run here is the real command line in a process of its own, forked from a serve
 import faulthandler
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import resource
@@ -66,7 +67,7 @@ def options(world, out, **changes) -> list[str]:
     """The command line of the tests' usual run, with changes (None leaves a flag out)."""
     settings = dict(data=world.data, encoder=world.encoder, decoder=world.decoder, out=out, precision="fp32",
                     device="cpu", steps=STEPS, freeze_encoder=FROZEN, warmup=2, batch_seconds=5, workers=0,
-                    log_every=2, save_every=3, eval_every=6, keep=10, samples=4) | changes
+                    log_every=2, save_every=3, eval_every=6, keep=10, questions=4) | changes
     flags = []
     for name, value in settings.items():
         if value is not None and value is not False:
@@ -209,7 +210,7 @@ RANKS = train.Ranks(0, 1, torch.device("cpu"))
 def gradient(world, loss, sizes, checkpoint_layers=False):
     """Minus the gradient of one update on the same 12 clips, of all tasks, in batches of these sizes:
     what plain SGD subtracts."""
-    flags = options(world, "unused", loss=loss, clip=1e9, freeze_encoder=0, checkpoint_layers=checkpoint_layers)
+    flags = options(world, "unused", loss=loss, grad_clip=1e9, freeze_encoder=0, checkpoint_layers=checkpoint_layers)
     s = train.parse(flags)
     rows = Rows(world.data, answers=True)
     model = train.build_model(s, RANKS, None)
@@ -499,11 +500,34 @@ def test_a_finished_run_without_checkpoints_is_not_overwritten(undisturbed, worl
 def test_a_task_that_could_not_be_read_at_the_start_is_reported_later(monkeypatch):
     monkeypatch.setattr(train, "evaluate", lambda *a: {"old": 1.0, "new": 2.0})
     said = []
-    t = SimpleNamespace(s=SimpleNamespace(samples=0, steps=9), step=5, held_out=[(0, [0])], before={"old": 3.0},
+    t = SimpleNamespace(s=SimpleNamespace(questions=0, steps=9), step=5, held_out=[(0, [0])], before={"old": 3.0},
                         model=None, batches=None, ranks=SimpleNamespace(rank=0, say=said.append),
                         log=SimpleNamespace(write=lambda *a, **k: 0))
     train.report(t)
     assert said == ["step 5/9  held-out loss: old 3.000 -> 1.000  new 2.000"]
+
+
+def test_a_probe_whose_clips_are_gone_does_not_end_the_run(monkeypatch):
+    import probe
+
+    def gone(*a, **k):
+        raise FileNotFoundError("notes.tar is gone")
+
+    monkeypatch.setattr(probe, "knn_scores", gone)
+    said = []
+    train.probe(SimpleNamespace(s=SimpleNamespace(device="cpu", precision="fp32", steps=9), step=5, probe_tasks=[],
+                                model=SimpleNamespace(encoder=None), ranks=SimpleNamespace(rank=0, say=said.append)))
+    assert said == ["step 5/9  kNN probe left out: notes.tar is gone"]
+
+
+def test_an_evaluation_forks_nothing(world, monkeypatch):
+    """A fork beside a collective's threads can hang the child."""
+    s = train.parse(options(world, "unused", workers=1))
+    rows = Rows(world.data, answers=True)
+    model = train.build_model(s, RANKS, None)
+    monkeypatch.setattr(os, "fork", lambda: pytest.fail("forked"))
+    losses = train.evaluate(s, model, RANKS, Batches(rows, model.tokenizer), train.held_out(rows, "valid", 4, 5.0))
+    assert losses.keys() == set(rows.tasks)
 
 
 # ---------------------------------------------------------------- guards
@@ -526,6 +550,14 @@ def test_a_run_of_non_finite_updates_changes_nothing_and_ends(world, tmp_path):
     encoder = UniWhisper.from_folders(world.encoder, world.decoder).encoder.state_dict()
     assert all(torch.equal(weights(out, last)[f"model.encoder.{k}"], v) for k, v in encoder.items())
     assert not torch.load(step_folder(out, last) / "trainer.pt")["optimizer"]["state"]
+
+
+def test_a_row_is_named_when_one_of_its_two_draws_is_not_finite(capsys):
+    t = SimpleNamespace(s=SimpleNamespace(precision="fp32"), step=5, bad=1, ranks=RANKS,
+                        rows=SimpleNamespace(name="row {}".format), log=SimpleNamespace(write=lambda *a, **k: 0))
+    parts = [(torch.tensor([1.0, math.nan]), None), (torch.tensor([2.0, 3.0]), None)]
+    train.complain(t, [SimpleNamespace(rows=[7, 8]), SimpleNamespace(rows=[9, 8])], parts, math.nan)
+    assert capsys.readouterr().err == "step 5: gradient norm is nan, update left out; rows: row 8\n"
 
 
 def test_dirty_data_is_named_and_left_out(world, tmp_path):
@@ -585,8 +617,8 @@ def test_an_error_in_a_worker_is_one_line(world, tmp_path):
     (dict(train_split="fold9"), "--train-split"),
     (dict(steps=0), "--steps is 0"),
     (dict(batch_seconds=-1), "--batch-seconds is -1"),
-    (dict(clip=0), "--clip is 0"),
-    (dict(clip="nan"), "--clip is nan"),
+    (dict(grad_clip=0), "--grad-clip is 0"),
+    (dict(grad_clip="nan"), "--grad-clip is nan"),
     (dict(threads=-1), "--threads is -1; it must be 0 or more"),
     (dict(lr_encoder=-1), "--lr-encoder is -1"),
     (dict(task_weights=["height"]), "--task-weights takes TASK=NUMBER, not height"),

@@ -559,7 +559,10 @@ def test_saved_encoder_loads_in_transformers_with_equal_features(kind, has_sourc
     with torch.no_grad():
         for p in encoder.layers.parameters():
             p.mul_(1.1)  # as if trained
+    for path in folder.glob("*.json"):
+        path.chmod(0o444)  # as a download cache may have it
     save_encoder(encoder, tmp_path, folder if has_source else None)
+    assert all(path.stat().st_mode & 0o200 for path in tmp_path.iterdir())  # to be written again
     theirs, report = transformers.WhisperModel.from_pretrained(tmp_path, output_loading_info=True)
     lost = [k for k in report["missing_keys"] if has_source or k.startswith("encoder.")]
     assert not lost and not report["unexpected_keys"] and not report["mismatched_keys"]
