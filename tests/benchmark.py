@@ -5,7 +5,7 @@ and beside the device's own limit, in one run.
     python tests/benchmark.py --encoder random:whisper-large-v3 --decoder random:qwen2.5-7b --data suite/*.jsonl ...
     python tests/benchmark.py --encoder random:whisper-smoke --decoder random:qwen-smoke --data suite/*.jsonl \\
         --batch-seconds 8 --batches 2 --repeats 1 --rows 10000 --new-tokens 4 --decode-hours 0.01
-        # does it work? a minute
+        # does it work? two minutes
 
 Needs transformers; openai-whisper for one more row of `mel` (pip install --no-deps openai-whisper is enough).
 
