@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What each choice of the recipe does: the recipe for 150 updates, one thing changed at a time, scored on all class tasks;
-# and transfer: one task left out, scored on that task. Runs that are done are not repeated.
+# What each choice of the recipe does: 150 updates, with `pitch` twice as often as in recipe.sh, one thing changed at a time,
+# scored on all class tasks; and transfer: one task left out, scored on that task. Runs that are done are not repeated.
 # tests/ablations.sh WEIGHTS SUITE OUT
 set -euo pipefail
 weights=$1 suite=$2 out=$3
