@@ -163,6 +163,15 @@ class Ranks:
         if self.rank == 0:
             print(text, flush=True)
 
+    def leave(self) -> None:
+        if self.world > 1:
+            # Gloo's threads must have let go of the last gradients before their group is freed: freeing it holds
+            # Python's lock and waits for them, and to free a tensor they need that lock. A barrier alone does not wait
+            # for both of its threads.
+            dist.barrier()
+            time.sleep(1)
+            dist.destroy_process_group()
+
 
 def keep_freed_memory() -> None:
     """Have the C library use again what a step frees. By default it gives it back to the kernel, and fetching it anew,
@@ -582,7 +591,7 @@ def train(s: Settings) -> None:
     ranks, log = t.ranks, t.log
     # The workers are forked here, before the ranks' first sum: see `evaluate`.
     stream = iter(loader(t.batches, t.sampler, s.workers, ranks.device.type == "cuda"))
-    introduce(t)
+    describe_run(t)
     if t.before is None:
         t.before = report(t)
         if s.probe_data:
@@ -606,20 +615,14 @@ def train(s: Settings) -> None:
                 tally(log.sums, t.rows, batch, losses, tokens)
         else:
             t.bad += 1
-            complain(t, batches, parts, norm)
+            report_left_out(t, batches, parts, norm)
         if t.step % s.log_every == 0 or t.step == s.steps:
             log.line(t.step, t.optimizer, norm)
         report_and_save(t)
     if ranks.rank == 0:
         save_encoder(t.model.encoder, Path(s.out) / "encoder", s.encoder)
         ranks.say(f"{s.out}/encoder: the trained encoder, a Hugging Face Whisper folder")
-    if ranks.world > 1:
-        # Gloo's threads must have let go of the last gradients before their group is freed: freeing it holds Python's
-        # lock and waits for them, and to free a tensor they need that lock.
-        # A barrier alone does not wait for both of its threads.
-        dist.barrier()
-        time.sleep(1)
-        dist.destroy_process_group()
+    ranks.leave()
 
 
 def report_and_save(t: Trainer) -> None:
@@ -638,7 +641,7 @@ def report_and_save(t: Trainer) -> None:
     t.log.mark += time.perf_counter() - began  # reports do not count as training
 
 
-def introduce(t: Trainer) -> None:
+def describe_run(t: Trainer) -> None:
     """Say what is going to be trained on what, and save it as config.json."""
     millions = lambda part: f"{sum(p.numel() for p in part.parameters()) / 1e6:.1f} M"
     t.ranks.say(f"encoder {millions(t.model.encoder)}, adapter {millions(t.model.adapter)}, "
@@ -651,7 +654,7 @@ def introduce(t: Trainer) -> None:
         (Path(t.s.out) / "config.json").write_text(json.dumps(dataclasses.asdict(t.s), indent=2) + "\n")
 
 
-def complain(t: Trainer, batches, parts, norm: float) -> None:
+def report_left_out(t: Trainer, batches, parts, norm: float) -> None:
     """An update was left out: log the rows, of all ranks, whose loss is not finite; if there is none, all rows (in fp16
     none: the loss scale was too large)."""
     finite = [(i, math.isfinite(x)) for b, (losses, _) in zip(batches, parts) for i, x in zip(b.rows, losses.tolist())]

@@ -556,7 +556,7 @@ def test_a_row_is_named_when_one_of_its_two_draws_is_not_finite(capsys):
     t = SimpleNamespace(s=SimpleNamespace(precision="fp32"), step=5, bad=1, ranks=RANKS,
                         rows=SimpleNamespace(name="row {}".format), log=SimpleNamespace(write=lambda *a, **k: 0))
     parts = [(torch.tensor([1.0, math.nan]), None), (torch.tensor([2.0, 3.0]), None)]
-    train.complain(t, [SimpleNamespace(rows=[7, 8]), SimpleNamespace(rows=[9, 8])], parts, math.nan)
+    train.report_left_out(t, [SimpleNamespace(rows=[7, 8]), SimpleNamespace(rows=[9, 8])], parts, math.nan)
     assert capsys.readouterr().err == "step 5: gradient norm is nan, update left out; rows: row 8\n"
 
 
