@@ -58,11 +58,13 @@ class Settings:
     task_weights: tuple[str, ...] = flag((), "explicit mixture instead, as TASK=WEIGHT; other tasks are left out",
                                          nargs="+")
     workers: int = flag(4, "processes per rank that read audio; the stream is the same for any number")
-    # model; assumption: the paper names no sizes
+    # model
+    # assumption: the paper names no sizes
     encoder: str = flag("", "Whisper folder to start from")
     decoder: str = flag("", "Qwen folder, frozen")
     stack: int = flag(4, "encoder tokens of 20 ms that the adapter joins into one audio token")
-    # optimisation; assumption: the paper gives none of these values, and not what the loss is a mean over
+    # optimisation
+    # assumption: the paper gives none of these values, and not what the loss is a mean over
     steps: int = flag(10_000, "updates")
     lr_encoder: float = flag(1e-4, "encoder's peak learning rate")
     lr_adapter: float = flag(5e-4, "adapter's peak learning rate")
