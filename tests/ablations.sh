@@ -27,7 +27,6 @@ run without_transcribe "$classes" "${mixture/transcribe=1/}"
 run by_square_root_of_size "$classes" ""
 run encoder_rate_3e-4 "$classes" "$mixture" --lr-encoder 3e-4
 run no_adapter_warm-up "$classes" "$mixture" --freeze-encoder 0
-run seed_1 "$classes" "$mixture" --seed 1
 run stack_2 "$classes" "$mixture" --stack 2
 for task in instrument game_sound drum; do
     run "without_$task" "$task" "${mixture/$task=1/}"
