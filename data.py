@@ -1,42 +1,44 @@
-"""Rows -> batches: manifests and tar shards, decoding, resampling, instructions, length buckets, task mixing.
+"""Rows -> batches: manifests and tars, decoding, instructions, length buckets, task mixing.
 
-    python data.py A.jsonl B.jsonl 'shards/*.tar' [--decode]      # what is in there, and is all of it readable
+    python data.py A.jsonl 'shards/*.tar' [--decode]    # what is there; can it be read?
+    python data.py 'shards/*.tar' --index all.index     # scanned once; opens at once
 
-Knows no model: audio comes out as samples at 16 kHz, text as the ids that the tokenizer handed in makes of it.
+Knows no model: audio comes out as samples, text as the ids that a given tokenizer makes of it.
 """
 import argparse
+import difflib
 import glob
 import io
 import json
 import math
 import os
 import random
+import re
+import shutil
+import signal
+import struct
 import sys
 import tarfile
-from array import array
+import time
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import chain, islice
-from pathlib import Path
 
 import numpy as np
 import soundfile as sf
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-SAMPLE_RATE = 16_000
-AUDIO_SUFFIXES = (".flac", ".wav", ".mp3", ".ogg")
-UNKNOWN = 2**40  # frames; libsndfile gives more where a header does not tell
-
-# What to ask when a row has no instruction of its own: any task name, one line each; extend at will.
+# What to ask when a row has no instruction of its own, by task; extend at will.
 # assumption: the paper gives no wording.
 TEMPLATES = {
     "transcribe": ["Transcribe the speech.", "What is said?", "Write down the spoken words."],
     "translate": ["Translate the speech into English.", "What is said, in English?"],
-    "language": ["Which language is spoken?", "Name the language of the speech.", "What language is this?"],
+    "language": ["Which language is spoken?", "Name the language of the speech.",
+                 "What language is this?"],
     "accent": ["Which accent does the speaker have?", "Name the speaker's accent."],
-    "emotion": ["What emotion does the speaker show?", "How does the speaker feel?", "Name the emotion in the voice."],
+    "emotion": ["What emotion does the speaker show?", "How does the speaker feel?",
+                "Name the emotion in the voice."],
     "speaker": ["Who is speaking?", "Name the speaker.", "Which speaker is this?"],
     "voice": ["Which voice is speaking?", "Name the voice."],
     "gender": ["Is the speaker male or female?", "What is the speaker's gender?"],
@@ -45,16 +47,20 @@ TEMPLATES = {
     "command": ["Which word is spoken?", "Name the spoken command.", "What is the spoken word?"],
     "intent": ["What does the speaker want?", "Name the intent of the speech."],
     "count": ["How many are there?", "Count them."],
-    "speaker_count": ["How many people are speaking?", "Count the speakers.", "How many voices are there?"],
+    "speaker_count": ["How many people are speaking?", "Count the speakers.",
+                      "How many voices are there?"],
     "spoof": ["Is the speech real or synthetic?", "Is this voice genuine?"],
     "vocal_sound": ["What sound does the person make?", "Name the vocal sound."],
     "sound_event": ["What makes this sound?", "Name the sound.", "What is heard?"],
     "game_sound": ["What makes this sound?", "Name the sound.", "What is heard?"],
     "scene": ["Where was this recorded?", "Name the acoustic scene."],
-    "tagging": ["Which sounds are heard? List them.", "List the tags of this audio.", "Name all sounds."],
-    "caption": ["Describe the audio.", "What happens in this audio?", "Write a caption for the audio."],
+    "tagging": ["Which sounds are heard? List them.", "List the tags of this audio.",
+                "Name all sounds."],
+    "caption": ["Describe the audio.", "What happens in this audio?",
+                "Write a caption for the audio."],
     "question": ["Answer the question about the audio."],
-    "instrument": ["Which instrument is playing?", "Name the instrument.", "What instrument is this?"],
+    "instrument": ["Which instrument is playing?", "Name the instrument.",
+                   "What instrument is this?"],
     "genre": ["Which genre is this music?", "Name the genre.", "What kind of music is this?"],
     "pitch": ["Which note is played?", "Name the note.", "What pitch is this?"],
     "drum": ["Which drum is hit?", "Name the drum."],
@@ -65,513 +71,596 @@ TEMPLATES = {
 
 # ---------------------------------------------------------------- audio
 
+UNKNOWN = 2**40  # frames; libsndfile gives more where a header tells no length
+PIPED = 2**31 - 2**16  # bytes; a writer that cannot seek back leaves this size or more
+POINTER = b"version https://git-lfs"
+# What a stream begins with, and the frame of an MP3 that tells flags, frames and bytes.
+STREAM = re.compile(rb"(RIFF|RF64)....WAVE|riff\x2e\x91|FORM....AIF|fLaC\0\0\0\x22|"
+                    rb"OggS\0[\2\3]|\.snd\0|caff\0", re.S)
+MP3_LENGTH = re.compile(rb"\xff[\xe2-\xff].{2,4}\0{9,32}(?:Xing|Info|VBRI)"
+                        rb"(.{4}).{4}(.{4})", re.S)
+
+
 class AudioError(ValueError):
-    """An audio file that cannot be used; the message is one line with its name and the reason."""
+    """A clip that cannot be used: one line with its name and the reason."""
 
 
-def read_audio(source, max_seconds: float | None = None, name: str | None = None) -> torch.Tensor:
-    """A file's path or its bytes, of any rate, channel count and format
-    -> (S,) float32 at 16 kHz, channels averaged."""
-    name = source if name is None and not isinstance(source, bytes) else name or "audio"
+def printable(text) -> str:
+    """With escapes for what is not UTF-8 in a file's name."""
+    return str(text).encode("utf-8", "backslashreplace").decode()
+
+
+def read_bytes(path, at: int = 0, size: int = -1) -> bytes:
+    """Part of a file, in three attempts: a network disk may fail for a moment."""
+    for wait in (0.1, 0.4, None):  # seconds
+        try:
+            with open(path, "rb") as f:
+                f.seek(at)
+                return f.read(size)
+        except (OSError, ValueError) as e:
+            if wait is None:
+                raise AudioError(printable(f"{path}: {e.args[-1]}")) from None
+            time.sleep(wait)
+
+
+def read_audio(source, sample_rate: int = 16_000, max_seconds: float | None = None,
+               name: str | None = None, silence: bool = False) -> torch.Tensor:
+    """A file's path or its bytes -> (S,) float32 at `sample_rate`, channels averaged.
+
+    Raises AudioError: unreadable, cut, too long, not finite, all zero (unless `silence`).
+    """
     if not isinstance(source, bytes):
-        if not os.path.isfile(source):
-            raise AudioError(f"{name}: no such file")
-        source = Path(source).read_bytes()
-    if not source:
-        raise AudioError(f"{name}: the file is empty")
+        name, source = name or source, read_bytes(source)
     try:
-        with sf.SoundFile(io.BytesIO(source)) as f:
-            rate, frames, seconds = f.samplerate, f.frames, f.frames / f.samplerate
-            if frames > UNKNOWN:
-                raise AudioError(f"{name}: its header does not tell its length (FLAC written to a pipe?); "
-                                 "write it again")
-            if max_seconds is not None and seconds > max_seconds + 1e-3:
-                raise AudioError(f"{name}: {seconds:.1f} s, longer than --max-seconds {max_seconds:g}; cut it or raise "
-                                 "the limit")
-            samples = f.read(dtype="float32", always_2d=True)
-            cut = len(samples) < frames or _is_cut(source, f.extra_info)
-    except (sf.LibsndfileError, RuntimeError, OSError, MemoryError) as e:
-        raise AudioError(f"{name}: not readable as audio ({getattr(e, 'error_string', e)})") from None
-    if cut:
-        raise AudioError(f"{name}: cut short, {len(samples)} samples are left; fetch it again")
-    if not len(samples):
-        raise AudioError(f"{name}: holds no samples")
-    audio = torch.from_numpy(samples.mean(1) if samples.shape[1] > 1 else samples[:, 0])
-    low, high = torch.aminmax(audio)
-    if not math.isfinite(low) or not math.isfinite(high):
-        raise AudioError(f"{name}: holds samples that are NaN or infinite")
-    if low == high == 0:
-        raise AudioError(f"{name}: all samples are zero")
-    return resample(audio, rate)
+        samples, rate = decode(source)
+        check_length(len(samples) / rate, max_seconds)
+        if not len(samples):
+            raise AudioError("holds no samples")
+        if not np.isfinite(samples).all():
+            raise AudioError("holds samples that are NaN or infinite")
+        if not silence and not samples.any():
+            raise AudioError("all samples are zero")
+        mono, power = samples.mean(1), np.square(samples).mean(0)
+        if np.square(mono).mean() < 0.01 * power.max():  # the channels cancel
+            mono = samples[:, power.argmax()].copy()
+        return resample(torch.from_numpy(mono), rate, sample_rate)
+    except AudioError as e:
+        fault = e
+    except Exception as e:  # libsndfile and soundfile raise many kinds
+        why = getattr(e, "error_string", e)
+        fault = f"not readable as audio ({why}); ffmpeg -i IN OUT.flac"
+    raise AudioError(printable(f"{name or 'audio'}: {fault}"))
 
 
-def _is_cut(raw: bytes, log: str) -> bool:
-    """libsndfile reads what is left of a WAV or Ogg file that is cut short, and says so in its log at most."""
-    if raw[:4] == b"OggS":  # the last page must be whole, and carry the end-of-stream flag
+def check_length(seconds: float, limit: float | None) -> None:
+    if limit is not None and seconds > limit + 1e-3:
+        raise AudioError(f"{seconds:.1f} s, longer than --max-seconds {limit:g}; "
+                         "cut it or raise the limit")
+
+
+def decode(raw: bytes) -> tuple[np.ndarray, int]:
+    """A file's bytes -> (samples (S, channels) float32, rate in Hz)."""
+    if not raw or raw.startswith(POINTER):
+        raise AudioError("a git-LFS pointer; git lfs pull" if raw else "the file is empty")
+    if holds_another(raw):
+        raise AudioError("several recordings in one file; split it, or join them: "
+                         "ffmpeg -i IN OUT.flac (not WAV, AIFF)")
+    with sf.SoundFile(io.BytesIO(raw)) as f:
+        rate, frames, log = f.samplerate, f.frames, f.extra_info
+        if f.format == "MP3" and not MP3_LENGTH.search(raw):
+            with sf.SoundFile(Lengthless(raw)) as f:
+                return f.read(f.frames, "float32", always_2d=True), rate
+        if frames > UNKNOWN:
+            raise AudioError("its header does not tell its length; ffmpeg -i IN OUT.flac")
+        size = int(re.search(r"\ndata : (\d+)|$", log)[1] or PIPED)
+        too_small = not frames or "Unknown chunk marker" in log  # more data follows, no chunk
+        if raw[:4] == b"RIFF" and size < PIPED and too_small:
+            header = b"data" + struct.pack("<I", size)
+            return decode(raw.replace(header, b"data\xff\xff\xff\xff", 1))
+        samples = f.read(frames, "float32", always_2d=True)
+    if len(samples) < frames or is_cut(raw, log):
+        raise AudioError(f"cut short, {len(samples)} samples are left; fetch it again")
+    return samples, rate
+
+
+class Lengthless(io.BytesIO):
+    """Seems 40 times as long, so that libsndfile reads an MP3 without a length to its end."""
+
+    def seek(self, offset, whence=0):
+        if (offset, whence) == (0, os.SEEK_END):
+            offset, whence = 40 * len(self.getvalue()), os.SEEK_SET
+        return super().seek(offset, whence)
+
+
+def holds_another(raw: bytes) -> bool:
+    """Does a second stream follow the first, as `cat` joins them?"""
+    told = MP3_LENGTH.search(raw) if raw[:1] == b"\xff" or raw[:3] == b"ID3" else None
+    if told:
+        has_bytes = told[1][3] & 3 == 3
+        end = told.start() + int.from_bytes(told[2], "big") if has_bytes else len(raw)
+        untold_before = raw[:1] == b"\xff" and told.start() > 0
+        told_after = MP3_LENGTH.search(raw, told.end()) is not None
+        return untold_before or told_after or raw[end : end + 1] == b"\xff"
+    at = raw.find(raw[:4], 300) if STREAM.match(raw) else -1  # Ogg's tracks begin before
+    while at > 0 and not STREAM.match(raw, at):
+        at = raw.find(raw[:4], at + 1)
+    return at > 0
+
+
+def is_cut(raw: bytes, log: str) -> bool:
+    """libsndfile reads what is left of a WAV or Ogg file that is cut short."""
+    if raw[:4] == b"OggS":  # the last page must be whole
         page = raw[raw.rfind(b"OggS") :]
         end = 27 + page[26] + sum(page[27 : 27 + page[26]]) if len(page) > 26 else 27
-        return len(page) < end or not page[5] & 4
-    size, _, should = log.partition("\ndata :")[2].partition("\n")[0].partition("(should be")
-    return raw[:4] == b"RIFF" and bool(should) and int(size) < 2**31 - 2**16  # larger: piped, its length was not known
+        return len(page) < end
+    told = re.search(r"(data|SSND|Data Size|riff|Riff size) *: (\d+) \(should be (\d+)", log)
+    size, there = (int(told[2]), int(told[3])) if told else (0, 0)
+    # Nothing is missing if the file's size is right, or the data's counts the header.
+    file_size = 8 + int.from_bytes(raw[4:8], "big" if raw[:4] == b"FORM" else "little")
+    return there < size < PIPED and len(raw) not in (file_size, size, size + 8)
 
 
 @lru_cache(maxsize=32)
-def _sinc_kernel(old: int, new: int, zeros: int = 64, attenuation: float = 80.0):
-    """Kaiser-windowed sinc for each of `new` output phases: ((old + 2 * reach, new) float32, reach in input samples).
+def sinc_kernel(old: int, new: int, zeros: int = 64, attenuation: float = 80.0):
+    """Kaiser-windowed sinc for each of `new` phases: ((old + 2 * reach, new), reach).
 
-    `zeros` zero crossings a side; images and aliases lie `attenuation` dB down (Kaiser's formulas), the pass band
-    ends 8 % below the lower Nyquist frequency.
+    `zeros` zero crossings a side; images and aliases lie `attenuation` dB down (Kaiser's
+    formulas); the pass band ends 8 % below the lower Nyquist frequency.
     """
     beta = 0.1102 * (attenuation - 8.7)
-    transition = (attenuation - 8) / (2.285 * 2 * zeros * math.pi)  # as a share of the lower Nyquist frequency
-    cutoff = min(old, new) * (1 - transition / 2)  # such that the stop band begins at that frequency
-    reach = math.ceil(zeros * old / cutoff)
-    taps = torch.arange(-reach, old + reach, dtype=torch.float64)[:, None]  # input samples around one block of `old`
-    t = (taps / old - torch.arange(new, dtype=torch.float64) / new) * cutoff  # in zero crossings
-    window = (torch.special.i0(beta * (1 - (t / zeros).square()).clamp(min=0).sqrt())
-              / torch.special.i0(torch.tensor(beta)))
+    transition = (attenuation - 8) / (2.285 * 2 * zeros * math.pi)  # share of Nyquist
+    cutoff = min(old, new) * (1 - transition / 2)  # the stop band begins at Nyquist
+    reach = math.ceil(zeros * old / cutoff)  # input samples
+    taps = torch.arange(-reach, old + reach, dtype=torch.float64)[:, None]
+    phases = torch.arange(new, dtype=torch.float64)
+    t = (taps / old - phases / new) * cutoff  # in zero crossings
+    bell = beta * (1 - (t / zeros).square()).clamp(min=0).sqrt()
+    window = torch.special.i0(bell) / torch.special.i0(torch.tensor(beta))
     kernel = torch.where(t.abs() < zeros, torch.sinc(t) * window, 0.0) * cutoff / old
     return kernel.float(), reach
 
 
-def resample(audio: torch.Tensor, rate: int, new_rate: int = SAMPLE_RATE) -> torch.Tensor:
-    """Band-limited windowed-sinc resampling: (..., S) at `rate` -> (..., ceil(S * new_rate / rate))."""
+def resample(audio: torch.Tensor, rate: int, new_rate: int = 16_000) -> torch.Tensor:
+    """Band-limited windowed sinc: (..., S) at `rate` -> (..., ceil(S * new_rate / rate))."""
     if rate == new_rate:
         return audio
     if rate * new_rate // math.gcd(rate, new_rate) ** 2 > 2**21:
-        rate = round(rate, -1)  # an odd rate, such as 11,127 Hz, would need a huge filter; under 10 Hz nobody hears
-    step = math.gcd(rate, new_rate)
-    widen = max(1, 64 * step // new_rate)  # blocks of few outputs make a slow matrix product: take several at once
+        rate = round(rate, -1)  # 11,127 Hz, for example, would need a huge filter
+    step, samples = math.gcd(rate, new_rate), audio.shape[-1]
+    widen = max(1, 64 * step // new_rate)  # a product of few columns is slow
     old, new = widen * rate // step, widen * new_rate // step
-    kernel, reach = _sinc_kernel(old, new)
-    blocks = -(-audio.shape[-1] // old)
-    padded = torch.nn.functional.pad(audio, (reach, reach + blocks * old - audio.shape[-1]))
+    kernel, reach = sinc_kernel(old, new)
+    padded = torch.nn.functional.pad(audio, (reach, reach + -samples % old))
     out = padded.unfold(-1, len(kernel), old) @ kernel  # (..., blocks, new)
-    return out.flatten(-2)[..., : -(-audio.shape[-1] * new // old)]
+    return out.flatten(-2)[..., : -(-samples * new // old)]
 
 
 # ---------------------------------------------------------------- rows
 
+AUDIO_SUFFIXES = (".flac", ".wav", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".webm")
+KEYS = ("audio", "instruction", "answer", "task", "split", "label", "seconds")
+MEANT = dict(zip(KEYS, KEYS), set="split", fold="split", question="instruction",
+             prompt="instruction")
+SILENT = re.compile("silen|quiet|nothing|empty|no (sound|speech|audio)", re.I)
+# What is kept of a row: where its JSON lies, and its audio in a tar (-1: a file of its own);
+# seconds; bytes of text (-1: unfit for training); numbers of its file, task and split.
+ROW = np.dtype([("at", "i8"), ("audio_at", "i8"), ("audio_size", "i8"), ("size", "i4"),
+                ("seconds", "f4"), ("text", "i4"), ("file", "i4"), ("task", "i4"), ("split", "i4")])
+pack_row = struct.Struct("<qqqifiiii").pack
+
+
+def scan_manifest(path: str):
+    """A JSON Lines file -> (name for messages, row's JSON, folder of its audio, place)."""
+    at = 0
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            if at == 0 and re.match(POINTER + rb"|\W*(\[|\{\s*$)", line):
+                raise ValueError("needs one JSON object a line; for an array jq -c '.[]' "
+                                 "IN > OUT, indented jq -c ., a pointer git lfs pull")
+            if not line.isspace():
+                yield f"{path}:{number}", line, os.path.dirname(path), (at, -1, 0, len(line))
+            at += len(line)
+
+
+def scan_tar(path: str):
+    """A tar -> (name for messages, row's JSON, its audio as an open file, place).
+
+    KEY.json meets KEY.flac in the order they come, so that a key may occur again later.
+    """
+    waiting = {}  # key -> {kind: member}
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            tar.members.clear()  # it would keep them all
+            key, suffix = os.path.splitext(os.path.normpath(member.name))
+            if suffix.lower() not in (".json", *AUDIO_SUFFIXES) or "/._" in "/" + key:
+                continue  # macOS packs ._a.wav beside a.wav
+            kind = "json" if suffix.lower() == ".json" else "audio"
+            pair = waiting.setdefault(key, {})
+            if not member.isreg() or member.issparse():
+                raise ValueError(f"{member.name}: a link or sparse; pack with "
+                                 "tar -h --hard-dereference")
+            if kind in pair:
+                raise ValueError(f"{member.name}: comes twice before its partner; "
+                                 "give each clip its own key")
+            pair[kind] = member
+            if len(pair) == 2:
+                text, audio = waiting.pop(key)["json"], pair["audio"]
+                place = text.offset_data, audio.offset_data, audio.size, text.size
+                text, audio = tar.extractfile(text).read(), tar.extractfile(audio)
+                yield f"{path}: {key}.json", text, audio, place
+        rest = os.path.getsize(path) - tar.offset  # tarfile stops at what is no header
+        if not 512 <= rest <= 2**20 or read_bytes(path, tar.offset).strip(b"\0"):
+            raise ValueError(f"cut short, damaged or several tars in one, after {tar.offset} "
+                             "bytes; fetch it again")
+    for key, pair in waiting.items():
+        lacks = "audio without its .json" if "audio" in pair else ".json without its audio"
+        raise ValueError(f"{key}: {lacks}")
+
+
+def parse_row(text: bytes, in_tar: bool) -> dict:
+    """A row from its JSON. Raises ValueError."""
+    try:
+        text = text.decode("utf-8-sig", "surrogateescape")  # for the file's name
+        row = json.loads(text, parse_constant=refuse)
+    except ValueError as e:
+        raise ValueError(f"not JSON ({e})") from None
+    if in_tar and isinstance(row, list):
+        return {"events": row}  # so X-ARES publishes DESED and MAESTRO
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    if not in_tar and not (isinstance(row.get("audio"), str) and row["audio"]):
+        raise ValueError('lacks "audio", the clip\'s path relative to this file')
+    return row
+
+
+def refuse(constant: str):
+    raise ValueError(f"{constant} is no JSON; use null")
+
+
+def text_of(row: dict, key: str, usual: str) -> str:
+    return usual if row.get(key) is None else str(row[key])
+
+
+def check_row(row: dict, seconds, answers: bool, max_seconds: float | None) -> int:
+    """A row's text_bytes (-1: unfit for training). Raises ValueError if it is unfit at all."""
+    own = answers or "audio" in row  # others' tars, which are probed, have keys of their own
+    for key in row:
+        meant = meant_key(key)
+        if own and meant and meant not in row:
+            raise ValueError(f'has "{key}" but no "{meant}"; rename or drop it')
+    if not isinstance(seconds, (int, float)) or not 0 <= seconds < math.inf:
+        raise ValueError(f"seconds is {seconds!r}; need a number")
+    check_length(seconds, max_seconds)
+    try:
+        return text_bytes(row)
+    except ValueError:
+        if answers:
+            raise
+        return -1
+
+
+@lru_cache(maxsize=1000)
+def meant_key(key: str) -> str | None:
+    """The key, or the one that its writer is likely to have meant."""
+    close = difflib.get_close_matches(key.lower(), MEANT, 1, 0.8)
+    return MEANT[close[0]] if close else None
+
+
+def header_seconds(clip) -> float:
+    """0 where the header does not tell: the clip is named when it is read."""
+    try:
+        info = sf.info(clip)
+        return info.duration if info.frames <= UNKNOWN else 0.0
+    except Exception:  # libsndfile and soundfile raise many kinds
+        return 0.0
+
+
+def text_bytes(row: dict) -> int:
+    """Bytes of a row's instruction and answer. Raises ValueError if unfit for training."""
+    answer, instruction = row.get("answer"), row.get("instruction") or ""
+    task = text_of(row, "task", "")
+    if not isinstance(answer, str) or not answer.strip():
+        raise ValueError(f"answer is {answer!r}; training needs a text")
+    if not isinstance(instruction, str):
+        raise ValueError(f"instruction is {instruction!r}; need a text")
+    if not instruction and task not in TEMPLATES:
+        raise ValueError(f"no instruction, and task {task!r} has no templates; "
+                         "add either (TEMPLATES in data.py)")
+    return len(((instruction or TEMPLATES[task][0]) + answer).encode())
+
+
+def scan(paths: list[str], answers: bool, keep, max_seconds: float | None):
+    """Manifests and tars -> (names and counts; table of ROW), see Rows."""
+    table, problems = bytearray(), []
+    tasks, splits, counts = {}, {}, Counter()
+    for number, path in enumerate(paths):
+        before, in_tar = counts.total(), path.endswith(".tar")
+        try:
+            entries = scan_tar(path) if in_tar else scan_manifest(path)
+            for name, text, clip, place in entries:
+                try:
+                    row = parse_row(text, in_tar)
+                    task = text_of(row, "task", "")
+                    split = text_of(row, "split", "train")
+                    counts[split] += 1
+                    if keep is not None and split not in keep:
+                        continue
+                    clip = clip if in_tar else os.fsencode(os.path.join(clip, row["audio"]))
+                    seconds = row["seconds"] if "seconds" in row else header_seconds(clip)
+                    text = check_row(row, seconds, answers, max_seconds)
+                    table += pack_row(*place, seconds, text, number,
+                                      tasks.setdefault(task, len(tasks)),
+                                      splits.setdefault(split, len(splits)))
+                except ValueError as e:
+                    problems.append(f"{name}: {e}")
+            if counts.total() == before and not problems:
+                raise ValueError("holds no rows")
+        except tarfile.ReadError as e:
+            problems.append(f"{path}: not a plain tar, or cut short ({e}); unpack a .gz "
+                            "first, else fetch it again (git lfs pull)")
+        except ValueError as e:
+            problems.append(f"{path}: {e}")
+    if problems:
+        more = [f"... and {len(problems) - 10} more"] if len(problems) > 10 else []
+        raise ValueError(printable("\n".join(problems[:10] + more)))
+    facts = dict(paths=paths, tasks=list(tasks), splits=list(splits), split_counts=counts)
+    return facts, np.frombuffer(table, ROW)
+
+
+def write_index(rows: "Rows", path: str) -> None:
+    """A line of JSON, then the rows' table, which all processes map into memory."""
+    paths = [os.path.abspath(data) for data in rows.paths]
+    facts = dict(paths=paths, tasks=rows.tasks, splits=rows.splits, rows=len(rows),
+                 split_counts=rows.split_counts, stamps=[stamp(data) for data in paths])
+    head = json.dumps(facts).encode()
+    with open(path, "wb") as f:
+        f.write(head + b" " * (63 - len(head) % 64) + b"\n")
+        f.write(rows.table)
+
+
+def open_index(path: str):
+    try:
+        with open(path, "rb") as f:
+            head = f.readline()
+        facts = json.loads(head)
+        table = np.memmap(path, ROW, "r", len(head), (facts["rows"],))
+    except (ValueError, KeyError):
+        raise ValueError(f"{path}: is no index; write it again (data.py --index)") from None
+    for data, before in zip(facts["paths"], facts["stamps"]):
+        if stamp(data) != before:
+            raise ValueError(f"{path}: {data} has changed; write the index again")
+    return facts, table
+
+
+def stamp(path: str) -> list[int]:
+    return [os.stat(path).st_size, os.stat(path).st_mtime_ns]
+
+
 class Rows:
-    """The rows of JSON Lines manifests and WebDataset tars, read when asked for: only offsets stay in memory.
+    """The rows of manifests and tars, or of one index of them, read when asked for.
 
-    rows[i] is row i's dictionary, rows.audio(i) its samples, rows.name(i) its place for a message. Per row there are
-    `seconds` (float32), `task` and `split` (numbers into `tasks` and `splits`). 32 bytes a row, in plain buffers
-    that forked workers share.
+    rows[i] is row i's dictionary, rows.audio(i) its samples, rows.name(i) its place.
+    Arrays: seconds, task and split (numbers into tasks, splits), text (bytes).
+    split_counts: {split: rows}, those left out included.
 
-    answers: every row must be fit for training (an answer, an instruction or a task with templates).
-    splits: only rows of these splits are kept (a row without split is "train"). max_seconds: no row may be longer.
-    Raises ValueError with one line for each of the first bad rows.
+    answers: all must be fit for training. splits: keep only these (a row without one is
+    "train"; an index keeps all). max_seconds: none may be longer.
+    Raises ValueError with one line for each of the first ten bad rows.
     """
 
     def __init__(self, paths, answers: bool = False, splits=None, max_seconds: float | None = None):
-        self.paths = _expand(paths)
-        self._problems, self._seen = [], 0
-        self._answers, self._keep, self._max_seconds = answers, splits, max_seconds
-        self._numbers = ({}, {})  # task and split names -> numbers
-        columns = array("i"), array("q"), array("q"), array("f"), array("i"), array("i")
-        for number, path in enumerate(self.paths):
-            before = self._seen
-            if path.endswith((".gz", ".tgz")):
-                self._problem(path, "is compressed; unpack it first")
-                continue
-            for row in self._scan_tar(path) if path.endswith(".tar") else self._scan_manifest(path):
-                for column, value in zip(columns, (number, *row)):
-                    column.append(value)
-            if self._seen == before and not self._problems:
-                self._problem(path, "holds no rows")
-        if self._problems:
-            more = [f"... and {len(self._problems) - 10} more"] if len(self._problems) > 10 else []
-            raise ValueError("\n".join(self._problems[:10] + more))
-        types = np.int32, np.int64, np.int64, np.float32, np.int32, np.int32
-        self.file, self.at, self.audio_at, self.seconds, self.task, self.split = map(np.frombuffer, columns, types)
-        self.tasks, self.splits = (list(n) for n in self._numbers)
+        paths = expand([paths] if isinstance(paths, (str, os.PathLike)) else paths)
+        if paths[0].endswith(".index"):
+            facts, self.table = open_index(*paths)
+        else:
+            facts, self.table = scan(paths, answers, splits, max_seconds)
+        self.paths, self.tasks, self.splits = facts["paths"], facts["tasks"], facts["splits"]
+        self.split_counts = facts["split_counts"]
+        self.seconds, self.text = self.table["seconds"], self.table["text"]
+        self.task, self.split = self.table["task"], self.table["split"]
+        limit = math.inf if max_seconds is None else max_seconds + 1e-3
+        bad = (self.seconds > limit) | (self.text < 0) & answers  # none but in an index
+        for i in np.flatnonzero(bad).tolist():
+            if splits is None or self.splits[self.split[i]] in splits:
+                try:
+                    check_row(self[i], self.seconds[i].item(), answers, max_seconds)
+                except ValueError as e:
+                    raise ValueError(f"{self.name(i)}: {e}") from None
 
     def __len__(self):
-        return len(self.at)
-
-    def _problem(self, where, what):
-        self._problems.append(f"{where}: {what}")
-
-    def _check(self, row, where, seconds_of):
-        """(seconds, task number, split number) of a parsed row, or None where it is left out or bad."""
-        self._seen += 1
-        task, split = (usual if row.get(key) is None else str(row[key])
-                       for key, usual in (("task", ""), ("split", "train")))
-        if self._keep is not None and split not in self._keep:
-            return None
-        if self._answers:
-            if not isinstance(row.get("answer"), str) or not row["answer"].strip():
-                return self._problem(where, f"answer is {row.get('answer')!r}; training needs a text")
-            if not isinstance(row.get("instruction") or "", str):
-                return self._problem(where, f"instruction is {row['instruction']!r}; need a text")
-            if not row.get("instruction") and task not in TEMPLATES:
-                return self._problem(where, f"no instruction, and task {task!r} has no templates; add either "
-                                            "(TEMPLATES in data.py)")
-        seconds = row["seconds"] if "seconds" in row else seconds_of()
-        if not isinstance(seconds, (int, float)) or not 0 <= seconds < math.inf:
-            return self._problem(where, f"seconds is {seconds!r}; need a number")
-        if self._max_seconds is not None and seconds > self._max_seconds + 1e-3:
-            return self._problem(where, f"{seconds:g} s, longer than --max-seconds {self._max_seconds:g}; "
-                                        "cut it or raise the limit")
-        numbers = (names.setdefault(name, len(names)) for names, name in zip(self._numbers, (task, split)))
-        return seconds, *numbers
-
-    def _scan_manifest(self, path):
-        folder, at = Path(path).parent, 0
-        with open(path, "rb") as f:
-            for number, line in enumerate(f, 1):
-                start, at = at, at + len(line)
-                if line.isspace():
-                    continue
-                try:
-                    row = json.loads(line)
-                except ValueError as e:
-                    self._problem(f"{path}:{number}", f"not JSON ({e})")
-                    continue
-                if not isinstance(row, dict) or not isinstance(row.get("audio"), str) or not row["audio"]:
-                    self._problem(f"{path}:{number}", "lacks \"audio\", the clip's path relative to this file")
-                    continue
-                checked = self._check(row, f"{path}:{number}", lambda: _header_seconds(folder / row["audio"]))
-                if checked:
-                    yield start, -1, *checked
-
-    def _scan_tar(self, path):
-        """Pairs KEY.json with KEY.flac in the order they come, so that a key may occur again later."""
-        waiting = {}  # key -> {"json" or "audio": position of the member's header}
-        try:
-            with tarfile.open(path, "r:") as tar:
-                for member in tar:
-                    tar.members.clear()  # it would keep them all
-                    key, suffix = os.path.splitext(member.name)
-                    kind = "json" if suffix == ".json" else "audio" if suffix.lower() in AUDIO_SUFFIXES else None
-                    if not member.isfile() or kind is None:
-                        continue
-                    part = waiting.setdefault(key, {})
-                    if kind in part:
-                        self._problem(f"{path}: {member.name}",
-                                      "comes twice before its partner; give each clip its own key")
-                    part[kind] = member.offset_data - 512, member.offset_data, member.size
-                    if len(part) == 2:
-                        del waiting[key]
-                        yield from self._check_member(path, key, part)
-                rest = os.path.getsize(path) - tar.offset  # tarfile stops at what is no header: should be empty blocks
-                if not 512 <= rest <= 2**20 or self._pread(path, rest, tar.offset).strip(b"\0"):
-                    self._problem(path, f"cut short, damaged or several tars in one, after {tar.offset} bytes; "
-                                        "fetch it again")
-        except (tarfile.ReadError, EOFError) as e:
-            self._problem(path, f"not a plain tar, or cut short ({e}); unpack a .gz first, else fetch it again")
-        for key, part in waiting.items():
-            self._problem(f"{path}: {key}", "audio without its .json" if "audio" in part else ".json without its audio")
-
-    def _check_member(self, path, key, part):
-        _, at, size = part["json"]
-        try:
-            row = _member_row(self._pread(path, size, at))
-        except ValueError as e:
-            return self._problem(f"{path}: {key}.json", f"not JSON ({e})")
-        if not isinstance(row, dict):
-            return self._problem(f"{path}: {key}.json", "not a JSON object")
-        _, at, size = part["audio"]
-        checked = self._check(row, f"{path}: {key}.json", lambda: _header_seconds(_Member(path, at, size)))
-        if checked:
-            yield part["json"][0], part["audio"][0], *checked
-
-    def _pread(self, path, size, at) -> bytes:
-        # Opened anew each time: there may be more shards than open files allowed.
-        with open(path, "rb", buffering=0) as f:
-            return os.pread(f.fileno(), size, at)
-
-    def _header(self, path, at) -> tarfile.TarInfo:
-        """The header of the tar member that stands at `at`."""
-        try:
-            return tarfile.TarInfo.frombuf(self._pread(path, 512, at), "utf-8", "surrogateescape")
-        except tarfile.HeaderError:
-            raise AudioError(f"{path}: no member at byte {at} any more; the file has changed since the start") from None
-
-    def _content(self, path, at) -> bytes:
-        return self._pread(path, self._header(path, at).size, at + 512)
+        return len(self.table)
 
     def __getitem__(self, i: int) -> dict:
-        path, at = self.paths[self.file[i]], int(self.at[i])
-        if self.audio_at[i] < 0:
-            with open(path, "rb") as f:
-                f.seek(at)
-                return json.loads(f.readline())
-        row = _member_row(self._content(path, at))
-        row.setdefault("audio", self._header(path, int(self.audio_at[i])).name)
-        return row
-
-    def raw(self, i: int) -> bytes:
-        """The bytes of row i's audio file."""
-        path = self.paths[self.file[i]]
-        if self.audio_at[i] >= 0:
-            return self._content(path, int(self.audio_at[i]))
-        file = Path(path).parent / self[i]["audio"]
+        at, audio_at, _, size, *_, file, _, _ = self.table[i].item()
+        text = read_bytes(self.paths[file], at, size)
         try:
-            return file.read_bytes()
-        except OSError as e:
-            raise AudioError(f"{e.strerror}") from None
+            return parse_row(text, audio_at >= 0)
+        except ValueError:
+            raise AudioError(printable(f"{self.paths[file]}: no row at byte {at} any more; it "
+                                       "has changed since the start")) from None
 
-    def audio(self, i: int, max_seconds: float | None = None) -> torch.Tensor:
-        """Row i's samples: (S,) float32 at 16 kHz. Raises AudioError."""
+    def clip(self, i: int, row: dict | None = None) -> tuple[str, int, int]:
+        """Where row i's audio lies: file, start, size (-1: to its end)."""
+        _, at, size, *_, file, _, _ = self.table[i].item()
+        path = self.paths[file]
+        if at >= 0:
+            return path, at, size
+        return os.path.join(os.path.dirname(path), (row or self[i])["audio"]), 0, -1
+
+    def read(self, i: int, sample_rate: int = 16_000, max_seconds: float | None = None):
+        """Row i and its samples (S,), float32. Raises AudioError."""
         try:
-            return read_audio(self.raw(i), max_seconds, name="audio")
-        except AudioError as e:  # its place is worked out only now: that reads the manifest
+            row = self[i]
+            silence = bool(SILENT.search(f"{row.get('label')} {row.get('answer')}"))
+            raw = read_bytes(*self.clip(i, row))
+            return row, read_audio(raw, sample_rate, max_seconds, "audio", silence)
+        except AudioError as e:
             raise AudioError(f"{self.name(i)}: {e}") from None
+
+    def audio(self, i: int, sample_rate: int = 16_000, max_seconds: float | None = None):
+        return self.read(i, sample_rate, max_seconds)[1]
 
     def name(self, i: int) -> str:
         """Row i's place, for a message: manifest:line (audio), or tar (member)."""
-        path = self.paths[self.file[i]]
-        if self.audio_at[i] >= 0:
-            return f"{path} ({self._header(path, int(self.audio_at[i])).name})"
-        at = int(self.at[i])
-        with open(path, "rb") as f:
-            line = 1 + sum(f.read(min(2**20, at - n)).count(b"\n") for n in range(0, at, 2**20))
-        return f"{path}:{line} ({self[i]['audio']})"
+        at, audio_at, *_, file, _, _ = self.table[i].item()
+        path, name = self.paths[file], "?"
+        try:
+            if audio_at < 0:
+                line = 1
+                for block in range(0, at, 2**20):
+                    line += read_bytes(path, block, min(2**20, at - block)).count(b"\n")
+                path, name = f"{path}:{line}", self[i]["audio"]
+            else:
+                with tarfile.open(path) as tar:
+                    name = next(m.name for m in tar if m.offset_data == audio_at)
+        except (OSError, ValueError, tarfile.TarError, StopIteration):
+            pass  # it has vanished
+        return printable(f"{path} ({name})")
 
     def where(self, split: str) -> np.ndarray:
         """Numbers of the rows of a split, int32."""
-        if split not in self.splits:
-            return np.empty(0, np.int32)
-        return np.flatnonzero(self.split == self.splits.index(split)).astype(np.int32)
+        number = self.splits.index(split) if split in self.splits else -1
+        return np.flatnonzero(self.split == number).astype(np.int32)
 
 
-def _member_row(text: bytes):
-    """A tar member's json; a list there is the clip's events (so X-ARES publishes DESED and MAESTRO)."""
-    row = json.loads(text)
-    return {"events": row} if isinstance(row, list) else row
-
-
-def _expand(paths) -> list[str]:
+def expand(paths) -> list[str]:
+    """Paths and globs -> the files' paths."""
     found = []
-    for path in [paths] if isinstance(paths, (str, Path)) else paths:
-        hits = sorted(glob.glob(str(path))) or ([str(path)] if os.path.isfile(path) else [])
+    for path in map(str, paths):
+        if os.path.isdir(path):
+            raise ValueError(f"{path}: a folder; name its files, such as '{path}/*.jsonl'")
+        hits = [path] if os.path.exists(path) else sorted(glob.glob(path))
         if not hits:
-            raise FileNotFoundError(f"{path}: no such manifest or tar")
+            raise FileNotFoundError(f"{path}: no such manifest or tar (write {{00..99}} "
+                                    "without quotes)")
         found += hits
-    if twice := [p for p, n in Counter(map(os.path.realpath, found)).items() if n > 1]:
-        raise ValueError(f"{twice[0]}: named twice among the data")
+    for path, times in Counter(map(os.path.realpath, found)).items():
+        if times > 1:
+            raise ValueError(f"{path}: named twice among the data")
+        if path.endswith((".gz", ".tgz")):
+            raise ValueError(f"{path}: is compressed; unpack it first")
+        if path.endswith(".index") and len(found) > 1:
+            raise ValueError(f"{path}: name an index alone")
     return found
-
-
-class _Member:
-    """A tar's member as a file for soundfile; reads no more than it is asked for."""
-
-    def __init__(self, path, at: int, size: int):
-        self.path, self.start, self.size, self.at = path, at, size, 0
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        self.at = offset + (0, self.at, self.size)[whence]
-        return self.at
-
-    def tell(self) -> int:
-        return self.at
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(0, self.size - self.at)
-        with open(self.path, "rb", buffering=0) as f:
-            got = os.pread(f.fileno(), left if size < 0 else min(size, left), self.start + self.at)
-        self.at += len(got)
-        return got
-
-
-def _header_seconds(file) -> float:
-    """Length by the file's header, 0 where it does not tell: the clip is reported when its turn comes."""
-    try:
-        info = sf.info(file)
-        return info.duration if info.frames <= UNKNOWN else 0.0
-    except (sf.LibsndfileError, RuntimeError, OSError, TypeError):  # TypeError: a .raw file
-        return 0.0
 
 
 # ---------------------------------------------------------------- sampling
 
-SHORTEST = 0.1  # seconds that any clip counts for at least: its text costs something, too
+POOL = 64  # batches
+JITTER = 0.1  # of lengths before sorting: tasks of one length must not fill a batch
+SHORTEST = 0.1  # seconds
+# A batch costs its rows times (longest audio + longest text), for both are padded. A token of
+# text costs about what 0.06 s of audio do (Whisper base, Qwen 0.5B); a prompt has 15 of its own.
+TOKEN_SECONDS = 0.06
 
 
-class Sampler:
-    """Endless seeded batches of row numbers: tasks mixed, lengths bucketed, each rank its own part.
+def task_shares(rows: Rows, index, temperature: float = 2.0, weights=None) -> dict[int, float]:
+    """{task number: its share of the rows in training}, for the rows numbered `index`.
 
-    Rows come in pools of a fixed number of batches. A pool takes from every task its exact share, next in line of
-    that task's shuffled passes; its rows are sorted by length, cut into batches of about `batch_seconds` (padding
-    counted), and the batches shuffled. Any pool can thus be made without the ones before it: the state is one number,
-    the batches taken by all ranks together.
-
-    weights: {task: weight}; else tasks weigh rows ** (1 / temperature): 1 as they are, higher evens them out.
-    Iterating yields (batch number, row numbers), from `position` on.
+    weights: {task: weight}; else tasks weigh rows ** (1 / temperature): 1 as they are, higher
+    evens them out. Raises ValueError.
     """
-
-    POOL = 64  # batches
-    # lengths are compared up to this share: costs some padding, keeps tasks of one length from filling a batch
-    JITTER = 0.1
-
-    def __init__(self, rows: Rows, index, batch_seconds: float, seed: int = 0, temperature: float = 2.0,
-                 weights: dict | None = None, rank: int = 0, world: int = 1):
-        self.rows, self.batch_seconds, self.seed, self.position = rows, batch_seconds, seed, 0
-        self.rank, self.world = rank, world
-        tasks = rows.task[index]
-        self.members = {t: index[tasks == t] for t in np.unique(tasks).tolist()}
-        if not self.members:
-            raise ValueError("no rows to train on: no row has the split that --train-split names")
-        names = {rows.tasks[t]: t for t in self.members}
-        if unknown := set(weights or {}) - names.keys():
-            raise ValueError(f"weights name tasks that the data lacks: {sorted(unknown)}; it has {sorted(names)}")
-        size = {t: len(m) for t, m in self.members.items()}
-        weight = {t: (weights.get(rows.tasks[t], 0.0) if weights else n ** (1 / temperature)) for t, n in size.items()}
-        if not all(0 <= w < math.inf for w in weight.values()) or not any(weight.values()):
-            raise ValueError(f"task weights {weights}: each must be a number of 0 or more, and one must be above")
-        self.share = {t: w / sum(weight.values()) for t, w in weight.items() if w > 0}
-        mean = sum(s * float(np.maximum(rows.seconds[self.members[t]], SHORTEST).mean()) for t, s in self.share.items())
-        # Rounding can take one row from each task's share of a pool; no batch may end up without a row.
-        self.pool_rows = max(self.POOL + len(self.share), 0.95 * self.POOL * batch_seconds / mean)
-        self._passes, self._pool = {}, (None, None)
-
-    def _row(self, task: int, number: int) -> int:
-        """The `number`-th row of a task's endless line: pass after pass, each shuffled anew."""
-        members = self.members[task]
-        turn, at = divmod(number, len(members))
-        if self._passes.get(task, (None,))[0] != turn:
-            order = np.random.default_rng([self.seed, 1, task, turn]).permutation(len(members)).astype(np.int32)
-            self._passes[task] = turn, order
-        return int(members[self._passes[task][1][at]])
-
-    def _batches(self, pool: int) -> list[list[int]]:
-        if self._pool[0] == pool:
-            return self._pool[1]
-        picked = []
-        for task, share in self.share.items():
-            first, last = (round(self.pool_rows * share * p) for p in (pool, pool + 1))
-            picked += [self._row(task, n) for n in range(first, last)]
-        rng, picked = np.random.default_rng([self.seed, 2, pool]), np.array(picked)
-        about = self.rows.seconds[picked] * rng.uniform(1 - self.JITTER, 1 + self.JITTER, len(picked))
-        picked = picked[np.argsort(about, kind="stable")]
-        batches = cut_evenly(picked.tolist(), self.rows.seconds[picked], self.POOL)
-        rng.shuffle(batches)
-        self._pool = pool, batches
-        return batches
-
-    def __iter__(self):
-        number = self.position + self.rank
-        while True:
-            pool, at = divmod(number, self.POOL)
-            yield number, self._batches(pool)[at]
-            number += self.world
-
-    def state_dict(self) -> dict:
-        return {"position": self.position}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.position = state["position"]
+    counts = np.bincount(rows.task[index], minlength=len(rows.tasks)).tolist()
+    sizes = {task: n for task, n in zip(rows.tasks, counts) if n}
+    unknown = sorted(set(weights or {}) - set(sizes))
+    if not sizes:
+        raise ValueError("no rows to train on: no row has the split that --train-split names")
+    if unknown:
+        raise ValueError(f"weights name tasks that the data lacks: {unknown}; "
+                         f"it has {sorted(sizes)}")
+    shares = {}
+    for task, n in sizes.items():
+        weight = weights.get(task, 0.0) if weights else n ** (1 / temperature)
+        shares[rows.tasks.index(task)] = weight
+    total = sum(shares.values())
+    if not 0 < total < math.inf or min(shares.values()) < 0:
+        raise ValueError(f"task weights {weights}: each must be a number of 0 or more, "
+                         "and one must be above")
+    return {task: weight / total for task, weight in shares.items() if weight}
 
 
-def cut(rows, seconds, limit: float) -> list[list[int]]:
-    """Rows, about sorted by length -> runs of at most `limit` seconds each, padding counted;
-    a longer row stands alone."""
-    runs, longest = [], 0.0
-    for row, s in zip(rows, np.maximum(seconds, SHORTEST)):
-        longest = max(longest, s)
-        if not runs or (len(runs[-1]) + 1) * longest > limit:
-            runs.append([])
-            longest = s
-        runs[-1].append(row)
-    return runs
+def sample_batches(rows: Rows, index, shares: dict, batch_seconds: float, seed: int = 0,
+                   start: int = 0, step: int = 1):
+    """Endless seeded batches: yields (batch number, row numbers), batch `start` first.
+
+    Batches come in pools of 64. A pool takes from every task its exact share, next in line of
+    that task's shuffled passes; sorts these rows by length; cuts them into batches of equal
+    cost, on average `batch_seconds` of padded audio; shuffles the batches. Any pool can be made
+    without those before it, so the state of a run is one number: the batches that all ranks
+    have taken. Rank r of R starts at this number + r, with step R.
+    """
+    members, mean = {}, 0.0
+    for task, share in shares.items():
+        members[task] = index[rows.task[index] == task]
+        seconds = np.maximum(rows.seconds[members[task]], SHORTEST)
+        mean += share * float(seconds.mean())
+    # Rounding can take a row from each task's share of a pool; every batch needs a row.
+    size = max(POOL + len(shares), 0.95 * POOL * batch_seconds / mean)
+    pool, number = None, start
+    while True:
+        if pool != number // POOL:
+            pool, picked = number // POOL, []
+            for task, share in shares.items():
+                first, last = round(size * share * pool), round(size * share * (pool + 1))
+                picked.append(next_rows(members[task], first, last, (seed, 1, task)))
+            draw = np.random.default_rng([seed, 2, pool])
+            batches = cut_evenly(rows, np.concatenate(picked), draw)
+        yield number, batches[number % POOL]
+        number += step
 
 
-def cut_evenly(rows, seconds, n: int) -> list[list[int]]:
-    """Rows, about sorted by length -> exactly n runs with the smallest possible limit."""
-    low, high = 0.0, float(len(rows) * max(seconds.max(), SHORTEST))
-    for _ in range(24):
+def next_rows(members, first: int, last: int, seed: tuple) -> np.ndarray:
+    """Rows `first` to `last` of a task's endless line: its passes, each shuffled anew."""
+    n, picked = len(members), [members[:0]]
+    for turn in range(first // n, -(-last // n)):
+        order = shuffled(n, (*seed, turn))
+        picked.append(members[order[max(first - turn * n, 0) : last - turn * n]])
+    return np.concatenate(picked)
+
+
+@lru_cache(maxsize=256)
+def shuffled(n: int, seed: tuple) -> np.ndarray:
+    return np.random.default_rng(seed).permutation(n).astype(np.int32)
+
+
+def cut_evenly(rows: Rows, picked, draw) -> list[list[int]]:
+    """A pool's rows -> its batches, of like length and cost, in random order."""
+    seconds = np.maximum(rows.seconds[picked], SHORTEST)
+    text = TOKEN_SECONDS * (15 + np.maximum(rows.text[picked], 0) / 4)
+    about = seconds * draw.uniform(1 - JITTER, 1 + JITTER, len(picked)) + text
+    order = np.argsort(about, kind="stable")
+    picked, seconds, text = (column[order].tolist() for column in (picked, seconds, text))
+    low, high = 0.0, len(picked) * (max(seconds) + max(text))
+    for _ in range(24):  # the smallest limit that gives no more batches
         middle = (low + high) / 2
-        low, high = (low, middle) if len(cut(rows, seconds, middle)) <= n else (middle, high)
-    runs = cut(rows, seconds, high)
-    while len(runs) < n:  # ties can leave a run too few: halve the fullest
-        i = max(range(len(runs)), key=lambda i: len(runs[i]))
-        half = len(runs[i]) // 2
-        runs[i : i + 1] = [runs[i][:half], runs[i][half:]]
-    return runs
+        if len(cut(picked, seconds, middle, text)) <= POOL:
+            high = middle
+        else:
+            low = middle
+    batches = cut(picked, seconds, high, text)
+    while len(batches) < POOL:  # ties can leave a batch too few: halve the fullest
+        sizes = [len(batch) for batch in batches]
+        fullest, half = sizes.index(max(sizes)), max(sizes) // 2
+        batches[fullest : fullest + 1] = batches[fullest][:half], batches[fullest][half:]
+    draw.shuffle(batches)
+    return batches
 
 
-# ---------------------------------------------------------------- batches
-
-@dataclass(frozen=True)
-class Batch:
-    """audio (B, S) float32, zero beyond samples (B,) on the CPU; per row: ids of prompt and answer, task, row number.
-
-    skipped: (task, message) for each clip that could not be read.
-    """
-    audio: torch.Tensor
-    samples: torch.Tensor
-    prompts: list[list[int]]
-    answers: list[list[int]]
-    tasks: list[str]
-    rows: list[int]
-    instructions: list[str]
-    texts: list[str]
-    skipped: list[tuple[str, str]]
-
-    def pin_memory(self):
-        return replace(self, audio=self.audio.pin_memory())
-
-    def to(self, device):
-        return replace(self, audio=self.audio.to(device, non_blocking=True))
+def cut(rows, seconds, limit: float, text=None) -> list[list[int]]:
+    """Rows, about sorted -> batches that cost at most `limit` seconds, or of a single row."""
+    batches, longest, wordiest = [], 0.0, 0.0
+    for row, s, t in zip(rows, seconds, text or [0.0] * len(rows)):
+        longest, wordiest = max(longest, s), max(wordiest, t)
+        if not batches or (len(batches[-1]) + 1) * (longest + wordiest) > limit:
+            batches.append([])
+            longest, wordiest = s, t
+        batches[-1].append(row)
+    return batches
 
 
-class Batches(Dataset):
-    """(batch number, row numbers) -> Batch: reads, resamples, draws instructions, tokenises. Runs in the workers.
-
-    tokenizer: has prompt(instruction) -> ids and answer(text) -> ids.
-    """
-
-    def __init__(self, rows: Rows, tokenizer, seed: int = 0, max_seconds: float | None = None):
-        self.rows, self.tokenizer, self.seed, self.max_seconds = rows, tokenizer, seed, max_seconds
-
-    def _read(self, numbers):
-        """Clips of the rows that can be read, and what went wrong with the others."""
-        clips, skipped = {}, []
-        for i in numbers:
-            try:
-                clips[i] = self.rows.audio(i, self.max_seconds)
-            except AudioError as e:
-                skipped.append((self.rows.tasks[self.rows.task[i]], str(e)))
-        return clips, skipped
-
-    def _neighbours(self, i):
-        """The rows after row i in its split, those before it last."""
-        others = chain(range(i + 1, len(self.rows)), range(i))
-        return (n for n in others if self.rows.split[n] == self.rows.split[i])
-
-    def __getitem__(self, spec) -> Batch:
-        number, wanted = spec
-        clips, skipped = self._read(wanted)
-        neighbours = islice(self._neighbours(wanted[0]), 20)
-        while not clips:  # every rank must have a batch
-            extra = next(neighbours, None)
-            if extra is None:
-                raise AudioError(f"{len(skipped)} clips in a row cannot be read; the last: {skipped[-1][1]}")
-            clips, more = self._read([extra])
-            skipped += more
-        kept = [i for i in wanted if i in clips] or list(clips)
-        draw = random.Random(f"{self.seed}/{number}")
-        rows = [self.rows[i] for i in kept]
-        tasks = [self.rows.tasks[self.rows.task[i]] for i in kept]
-        instructions = [r.get("instruction") or draw.choice(TEMPLATES[t]) for r, t in zip(rows, tasks)]
-        samples = torch.tensor([len(clips[i]) for i in kept])
-        audio = torch.nn.utils.rnn.pad_sequence([clips[i] for i in kept], batch_first=True)
-        return Batch(audio, samples, [self.tokenizer.prompt(t) for t in instructions],
-                     [self.tokenizer.answer(r["answer"].strip()) for r in rows], tasks,
-                     kept, instructions, [r["answer"].strip() for r in rows], skipped)
-
-
-def loader(batches: Batches, specs, workers: int, pin_memory: bool = False) -> DataLoader:
-    """Batches of `specs` in their order, made by `workers` processes (0: here)."""
-    # Forked workers share the rows' memory, and see when their parent is killed; Python 3.14 has another default.
-    how = dict(multiprocessing_context="fork", prefetch_factor=4) if workers else {}
-    return DataLoader(batches, batch_size=None, sampler=specs, num_workers=workers, pin_memory=pin_memory, **how)
-
-
-def held_out(rows: Rows, split: str, per_task: int, batch_seconds: float, seed: int = 0) -> list[tuple[int, list[int]]]:
-    """Specs of a fixed held-out set: up to `per_task` rows of each task (0: all), in batches by length."""
+def held_out(rows: Rows, split: str, per_task: int, batch_seconds: float, seed: int = 0) -> list:
+    """A fixed held-out set as (number, row numbers) of its batches: up to `per_task` rows of
+    each task (0: all), by length."""
     index, picked = rows.where(split), []
     for task in np.unique(rows.task[index]):
         members = index[rows.task[index] == task]
@@ -581,35 +670,139 @@ def held_out(rows: Rows, split: str, per_task: int, batch_seconds: float, seed: 
     return list(enumerate(cut(picked, rows.seconds[picked], batch_seconds)))
 
 
+# ---------------------------------------------------------------- batches
+
+@dataclass(frozen=True)
+class Batch:
+    """B clips and their texts. skipped: (task, message) of clips that cannot be read."""
+    audio: torch.Tensor  # (B, S) float32, zero beyond `samples`
+    samples: torch.Tensor  # (B,) on the CPU
+    prompts: list[list[int]]
+    answers: list[list[int]]
+    tasks: list[str]
+    rows: list[int]
+    instructions: list[str]  # the prompts' texts
+    texts: list[str]  # the answers'
+    skipped: list[tuple[str, str]]
+
+    @property
+    def answer_tokens(self) -> list[int]:
+        return [len(answer) for answer in self.answers]
+
+    # Workers hand tensors over in /dev/shm, and die where it is full: a container has 64 MiB.
+    # Arrays go through a pipe, a little slower.
+    def __getstate__(self):
+        shm = "/dev/shm"
+        if os.path.exists(shm) and shutil.disk_usage(shm).free > 2**32:
+            return vars(self)
+        return vars(self) | dict(audio=self.audio.numpy(), samples=self.samples.numpy())
+
+    def __setstate__(self, state):
+        audio, samples = torch.as_tensor(state["audio"]), torch.as_tensor(state["samples"])
+        vars(self).update(state, audio=audio, samples=samples)
+
+    def pin_memory(self):
+        return replace(self, audio=self.audio.pin_memory())
+
+    def to(self, device):
+        return replace(self, audio=self.audio.to(device, non_blocking=True))
+
+
+class Batches(Dataset):
+    """(batch number, row numbers) -> Batch: reads, draws instructions, tokenises.
+
+    tokenizer: has prompt(instruction) -> ids and answer(text) -> ids.
+    """
+
+    def __init__(self, rows: Rows, tokenizer, seed: int = 0, max_seconds: float | None = None,
+                 sample_rate: int = 16_000):
+        self.rows, self.tokenizer, self.seed = rows, tokenizer, seed
+        self.max_seconds, self.sample_rate = max_seconds, sample_rate
+
+    def __getitem__(self, spec) -> Batch:
+        number, wanted = spec
+        clips, skipped = {}, []  # row number -> (row, audio)
+        self._read(wanted, clips, skipped)
+        if not clips:  # every rank needs a batch: take the next row of this split
+            same = np.flatnonzero(self.rows.split == self.rows.split[wanted[0]])
+            after = np.roll(same, -1 - np.searchsorted(same, wanted[0]))[:-1]
+            for i in after[:20].tolist():
+                if not clips:
+                    self._read([i], clips, skipped)
+        if not clips:
+            raise AudioError(f"{len(skipped)} clips in a row cannot be read; "
+                             f"the last: {skipped[-1][1]}")
+        draw = random.Random(f"{self.seed}/{number}")
+        kept = [i for i in wanted if i in clips] or list(clips)
+        tasks = [self.rows.tasks[self.rows.task[i]] for i in kept]
+        audio = [clips[i][1] for i in kept]
+        texts = [clips[i][0]["answer"].strip() for i in kept]
+        instructions = []
+        for i, task in zip(kept, tasks):
+            own = clips[i][0].get("instruction")
+            instructions.append(own or draw.choice(TEMPLATES[task]))
+        return Batch(
+            audio=torch.nn.utils.rnn.pad_sequence(audio, batch_first=True),
+            samples=torch.tensor([len(clip) for clip in audio]),
+            prompts=[self.tokenizer.prompt(text) for text in instructions],
+            answers=[self.tokenizer.answer(text) for text in texts],
+            tasks=tasks, rows=kept, instructions=instructions, texts=texts, skipped=skipped)
+
+    def _read(self, numbers, clips: dict, skipped: list) -> None:
+        for i in numbers:
+            try:
+                clips[i] = self.rows.read(i, self.sample_rate, self.max_seconds)
+            except AudioError as e:
+                skipped.append((self.rows.tasks[self.rows.task[i]], str(e)))
+
+
+def leave_signals(worker: int) -> None:
+    """Signals reach the workers, too; what follows is for the main process to decide."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+
+
+def loader(batches: Batches, specs, workers: int, pin_memory: bool = False) -> DataLoader:
+    """Batches of `specs` in their order, made by `workers` processes (0: here)."""
+    # Forked workers share the rows' memory; Python 3.14 has another default.
+    how = dict(multiprocessing_context="fork", prefetch_factor=4) if workers else {}
+    return DataLoader(batches, batch_size=None, sampler=specs, num_workers=workers,
+                      pin_memory=pin_memory, worker_init_fn=leave_signals, **how)
+
+
 # ---------------------------------------------------------------- command line
 
 def main():
-    """Say what manifests and tars hold; bad rows, and with --decode bad clips, are named and make the exit code 1."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """Say what the data holds; bad rows, and with --decode bad clips, make the exit code 1."""
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("data", nargs="+", help="manifests (.jsonl) and tars; globs work")
-    p.add_argument("--decode", action="store_true", help="decode every clip, name those that cannot be read")
+    p.add_argument("--decode", action="store_true", help="name the clips that cannot be read")
+    p.add_argument("--index", metavar="FILE.index", help="write what was found to this file")
     args = p.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")
     try:
         rows = Rows(args.data)
+        if args.index:
+            write_index(rows, args.index)
     except (OSError, ValueError) as e:
-        sys.exit(f"error: {e}")
-    print(f"{'task':20s} {'rows':>9s} {'hours':>8s} {'longest':>8s}  splits")
+        sys.exit(f"error: {printable(e)}")
+    print(f"{'task':20s} {'rows':>9s} {'hours':>8s} {'longest':>8s}")
     for t, task in enumerate(rows.tasks):
-        mine = rows.task == t
-        splits = Counter(rows.splits[s] for s in rows.split[mine].tolist())
-        seconds = rows.seconds[mine]
+        seconds = rows.seconds[rows.task == t]
         hours = seconds.sum(dtype=float) / 3600
-        print(f"{task or '(none)':20s} {mine.sum():9d} {hours:8.2f} {seconds.max():7.1f}s  {dict(splits)}")
+        print(f"{task or '(none)':20s} {len(seconds):9d} {hours:8.2f} {seconds.max():7.1f}s")
+    print("splits:", dict(rows.split_counts))
+    bad = 0
+    for i in range(len(rows) if args.decode else 0):
+        try:
+            rows.audio(i)
+        except AudioError as e:
+            bad += 1
+            print(e)
     if args.decode:
-        bad = 0
-        for i in range(len(rows)):
-            try:
-                rows.audio(i)
-            except AudioError as e:
-                bad += 1
-                print(e)
         print(f"{bad} of {len(rows)} clips cannot be read")
-        sys.exit(1 if bad else 0)
+    sys.exit(1 if bad else 0)
 
 
 if __name__ == "__main__":

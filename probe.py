@@ -1,13 +1,15 @@
-"""Frozen features -> scores: what an encoder knows, judged by its neighbours and by a small probe on top of it.
+"""Frozen features -> scores: nearest neighbours and small probes on top of an encoder.
 
-    python probe.py --encoder DIR [DIR ...] --data suite/*.jsonl [--hidden 0] [--json OUT.json] [--plot OUT.png]
-    python probe.py --encoder DIR --xares ENV [--tasks esc50 desed ...]    # ENV/esc50/*.tar as X-ARES publishes them
+    python probe.py --encoder DIR [DIR ...] --data suite/*.jsonl [--json OUT.json]
+    python probe.py --encoder DIR --xares ENV [--tasks esc50 desed ...]
 
-The features never change. The probe's epoch is chosen on valid; nothing is chosen on test.
+ENV/esc50/*.tar and so on are tasks as X-ARES publishes them. The encoder never changes.
+A probe's epoch is chosen on valid; nothing is chosen on test.
 
-Shapes: N feature vectors (one a clip or crop; in frame tasks one a token of 20 ms), D width, C classes, R probes.
+N feature vectors (one a clip or crop; in frame tasks one a token), T tokens of a clip,
+B items of a batch, D width, C classes, E retrieval space.
 """
-import argparse
+import copy
 import hashlib
 import inspect
 import json
@@ -17,7 +19,8 @@ import re
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,372 +31,398 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 
 import data
 import uniwhisper
 from data import AudioError, Rows
-from uniwhisper import SAMPLE_RATE, WINDOW, WhisperEncoder, encoder_lengths
+from uniwhisper import UniWhisper, flag, load_decoder, load_encoder, new_adapter, parse_flags
 
-TOKEN = 0.02  # seconds
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def require(condition, message):
+    if not condition:
+        raise ValueError(message)
 
 
 # ---------------------------------------------------------------- the 22 public tasks of X-ARES
 
 @dataclass(frozen=True)
 class Spec:
-    """How to read and score a task. The 22 below are as X-ARES 0.1.3 has them, but that frame probes draw single tokens
-    of all clips, batch * 500 at a time, not whole clips."""
     domain: str
-    label: object  # key of a clip's json, or a function of the json
-    weight: int = 0  # in the average: X-ARES's eval_weight; 0: size of the test set (of one fold, where folds rotate)
-    tars: str = ""  # their names up to the split's; with {}: up to the fold's number
-    splits: str = "train valid test"  # as the tars call them; '-': no valid tars
-    folds: range = range(0)
+    label: object  # key of a clip's json, or function of the json
+    weight: int = 0  # in averages; 0: the number of test clips
+    tars: str = "{}"  # how their names begin; {}: the split
+    splits: object = "train valid test"  # in these names ("-": none), or fold numbers
     metric: str = "accuracy"
-    crop: float = 0.0  # seconds; a longer clip is cut into such pieces, each a sample of its own; the rest is dropped
+    crop: float = 0.0  # seconds; longer clips are cut up, the rest is dropped
     epochs: int = 10
     batch: int = 32
     knn: bool = True
     positive_weight: float = 1.0
 
 
-def _events(start, end, name):
-    """Reader of a list of events: the keys of their times in seconds, and of their classes."""
-    return lambda row: [(e[start], e[end], c) for e in row["events"] for c in str(e[name]).split(",")]
+def _events(row, start="onset", end="offset", name="label"):
+    events = []
+    for event in row["events"]:
+        for label in str(event[name]).split(","):
+            events.append((event[start], event[end], label))
+    return events
 
 
+# As X-ARES 0.1.3 has them, with two differences: probes on frames draw single tokens of all
+# clips, 500 * batch at a time, not whole clips; and where there is no valid split, X-ARES
+# chooses on test, while here a tenth of train is held out for that.
 LIBRI = "train-clean-100 dev-clean test-clean"
-XARES = {  # where a valid split is missing, X-ARES chooses on test; here a tenth of train is held out for that
-    "asvspoof2015": Spec("speech", "binary_spoof", 2000, "asvspoof_", "train valid eval", epochs=5, batch=64),
-    "clotho": Spec("environment", lambda row: [v for k, v in row.items() if k != "audio"], 1045, "clotho_",
-                   "development evaluation validation", metric="recall@1", crop=30, epochs=20, batch=128, knn=False),
-    "cremad": Spec("speech", "label", 1116, "wds-audio-"),
-    "desed": Spec("environment", _events("onset", "offset", "label"), 1153, "wds-audio-", "train - eval",
-                  metric="segment F1 macro", knn=False),
-    "esc50": Spec("environment", "label", 400, "wds-audio-fold-{}-", folds=range(1, 6)),
-    "fluentspeechcommands": Spec("speech", "transcription", 2000, "fluentspeechcommands_"),
-    "freemusicarchive": Spec("music", "genre", 800, "fma_small_", crop=10, epochs=3),
-    "fsd50k": Spec("environment", lambda row: row["soundevent"].split(";"), 2000, "fsd50k_", "train validation eval",
-                   metric="mAP", crop=10, batch=64, knn=False),
-    "fsdkaggle2018": Spec("environment", "sound", 1600, "fsd18_", "train - test", epochs=3, batch=64, knn=False),
-    "gtzan_genre": Spec("music", "genre", 100, "gtzan_fold_{}_", folds=range(10)),
-    "libricount": Spec("speech", "num_speakers", 1144, "libricount_fold{:02}", folds=range(5), batch=64),
-    "librispeech": Spec("speech", "trans", 10000, "", LIBRI, metric="1 - WER", batch=4, knn=False),
-    "librispeechmalefemale": Spec("speech", "gender", 2620, "", LIBRI, crop=5),
-    "maestro": Spec("music", _events("start", "end", "note"), 65, "maestro_", metric="segment F1 micro", epochs=50,
-                    knn=False, positive_weight=10),
-    "nsynthinstument": Spec("music", "instrument_family_str", 2000, "nsynth_"),
-    "ravdess": Spec("speech", "emotion", 360, "ravdess_fold_{}_", folds=range(4)),
-    "speechcommandsv1": Spec("speech", "labels", 2000, "wds-audio-", batch=64),
-    "urbansound8k": Spec("environment", "soundevent", 873, "urbansound_fold{}_", folds=range(1, 11)),
-    "vocalimitations": Spec("environment", "imitation", 1867, "vocal_imitations_fold{:02}_", folds=range(3), epochs=20),
+XARES = {
+    "asvspoof2015": Spec("speech", "binary_spoof", 2000, "asvspoof_{}",
+                         "train valid eval", epochs=5, batch=64),
+    "clotho": Spec("environment", lambda row: [row[k] for k in row if k != "audio"], 1045,
+                   "clotho_{}", "development evaluation validation", "recall@1",
+                   crop=30, epochs=20, batch=128, knn=False),
+    "cremad": Spec("speech", "label", 1116, "wds-audio-{}"),
+    "desed": Spec("environment", _events, 1153, "wds-audio-{}", "train - eval",
+                  "segment F1 macro", knn=False),
+    "esc50": Spec("environment", "label", 400, "wds-audio-fold-{}-", range(1, 6)),
+    "fluentspeechcommands": Spec("speech", "transcription", 2000, "fluentspeechcommands_{}"),
+    "freemusicarchive": Spec("music", "genre", 800, "fma_small_{}", crop=10, epochs=3),
+    "fsd50k": Spec("environment", lambda row: row["soundevent"].split(";"), 2000,
+                   "fsd50k_{}", "train validation eval", "mAP", crop=10, batch=64, knn=False),
+    "fsdkaggle2018": Spec("environment", "sound", 1600, "fsd18_{}", "train - test",
+                          epochs=3, batch=64, knn=False),
+    "gtzan_genre": Spec("music", "genre", 100, "gtzan_fold_{}_", range(10)),
+    "libricount": Spec("speech", "num_speakers", 1144, "libricount_fold{:02}",
+                       range(5), batch=64),
+    "librispeech": Spec("speech", "trans", 10000, "{}", LIBRI, "1 - WER", batch=4, knn=False),
+    "librispeechmalefemale": Spec("speech", "gender", 2620, "{}", LIBRI, crop=5),
+    "maestro": Spec("music", lambda row: _events(row, "start", "end", "note"), 65,
+                    "maestro_{}", metric="segment F1 micro", epochs=50, knn=False,
+                    positive_weight=10),
+    "nsynthinstument": Spec("music", "instrument_family_str", 2000, "nsynth_{}"),
+    "ravdess": Spec("speech", "emotion", 360, "ravdess_fold_{}_", range(4)),
+    "speechcommandsv1": Spec("speech", "labels", 2000, "wds-audio-{}", batch=64),
+    "urbansound8k": Spec("environment", "soundevent", 873,
+                         "urbansound_fold{}_", range(1, 11)),
+    "vocalimitations": Spec("environment", "imitation", 1867,
+                            "vocal_imitations_fold{:02}_", range(3), epochs=20),
     "vocalsound": Spec("speech", "label", 2000),
-    "voxceleb1": Spec("speech", "speakerid", 2000, "voxceleb1_", crop=6),
-    "voxlingua33": Spec("speech", "labels", 1609, "", "train_subset - dev", crop=10, batch=64),
+    "voxceleb1": Spec("speech", "speakerid", 2000, "voxceleb1_{}", crop=6),
+    "voxlingua33": Spec("speech", "labels", 1609, "{}", "train_subset - dev",
+                        crop=10, batch=64),
 }
-# assumption: the paper does not name its 20 tasks. Here: all but the two that need more than neighbours or an MLP.
+# assumption: the paper does not name its 20 tasks. Here: all but the two of texts.
 PAPER_TASKS = set(XARES) - {"clotho", "librispeech"}
-REFERENCES = [  # source, tasks, weighted averages of kNN and MLP; printed only beside scores of the very same tasks
-    ("Whisper (paper)", PAPER_TASKS, 0.46, 0.64), ("UniWhisper (paper)", PAPER_TASKS, 0.61, 0.81),
-    # X-ARES's kNN scales each feature across clips instead of each clip's vector: no number to compare with.
-    ("Whisper (X-ARES, linear)", set(XARES), "-", 0.632), ("dasheng (X-ARES, linear)", set(XARES), "-", 0.699)]
+# Source, tasks, weighted averages of kNN and MLP; shown only beside scores of the same tasks.
+# X-ARES's kNN normalises across clips, not each clip's vector: no number to compare with.
+REFERENCES = [
+    ("Whisper (paper)", PAPER_TASKS, "0.46", "0.64"),
+    ("UniWhisper (paper)", PAPER_TASKS, "0.61", "0.81"),
+    ("Whisper (X-ARES, linear)", set(XARES), "-", "0.632"),
+    ("dasheng (X-ARES, linear)", set(XARES), "-", "0.699"),
+]
 
 
-# ---------------------------------------------------------------- metrics
+# ---------------------------------------------------------------- metrics: from 0 to 1
 
-def accuracy(scores: torch.Tensor, y: torch.Tensor) -> float:
-    """Share of rows whose highest score (N, C) is that of the true class (N,)."""
-    return (scores.argmax(1) == y).double().mean().item()
+def accuracy(scores, truth):
+    """Share of clips whose highest score (N, C) is the true class's (N,)."""
+    return (scores.argmax(1) == truth).double().mean().item()
 
 
-def _at_thresholds(scores: torch.Tensor, y: torch.Tensor):
-    """True and false positives at each threshold, the highest first; equal scores share one."""
+def _at_thresholds(scores, truth):
+    """True and false positives at each threshold, highest first; one for equal scores."""
     scores, order = scores.sort(descending=True)
     last = F.pad(scores.diff() != 0, (0, 1), value=True)
-    true = y[order].double().cumsum(0)
-    return true[last], (torch.arange(1, len(y) + 1, device=y.device) - true)[last]
+    true = truth[order].double().cumsum(0)
+    false = torch.arange(1, len(truth) + 1, device=truth.device) - true
+    return true[last], false[last]
 
 
-def average_precision(scores: torch.Tensor, y: torch.Tensor) -> float:
-    """Precision summed over the steps of recall: scores (N,), y (N,) 0 or 1."""
-    true, false = _at_thresholds(scores, y)
-    return (true / (true + false) * true.diff(prepend=true.new_zeros(1))).sum().item() / true[-1].item()
+def average_precision(scores, truth):
+    """Precision summed over the steps of recall: scores (N,), truth (N,) 0 or 1."""
+    true, false = _at_thresholds(scores, truth)
+    steps = true.diff(prepend=true.new_zeros(1))
+    return (true / (true + false) * steps).sum().item() / true[-1].item()
 
 
-def mean_average_precision(scores: torch.Tensor, y: torch.Tensor) -> float:
-    """Mean over the classes that occur: scores (N, C), y (N, C) 0 or 1."""
-    occurs = y.any(0).nonzero()[:, 0]
-    return sum(average_precision(scores[:, c], y[:, c]) for c in occurs) / max(1, len(occurs))
+def mean_average_precision(scores, truth):
+    """Mean over the classes that occur: scores (N, C), truth (N, C) 0 or 1."""
+    total, occurring = 0.0, truth.any(0).nonzero()[:, 0]
+    for c in occurring:
+        total += average_precision(scores[:, c], truth[:, c])
+    return total / max(1, len(occurring))
 
 
-def equal_error_rate(scores: torch.Tensor, y: torch.Tensor) -> float:
-    """Mean of false accepts and false rejects where they are closest: scores (N,), y (N,) 0 or 1."""
-    true, false = _at_thresholds(scores, y)
-    accept, reject = F.pad(false / false[-1], (1, 0)), 1 - F.pad(true / true[-1], (1, 0))
-    best = (accept - reject).abs().argmin()
-    return (accept[best] + reject[best]).item() / 2
+def equal_error_rate(scores, truth):
+    """False accepts and rejects where they are closest: scores, truth (N,)."""
+    true, false = _at_thresholds(scores, truth)
+    accepts = F.pad(false / false[-1], (1, 0))
+    rejects = 1 - F.pad(true / true[-1], (1, 0))
+    best = (accepts - rejects).abs().argmin()
+    return (accepts[best] + rejects[best]).item() / 2
 
 
-def segment_f1(scores, y, clip, seconds: float, average: str) -> float:
-    """F1 over segments: scores (N, C) logits, y (N, C) 0 or 1, clip (N,) the clip of each 20 ms token, ascending.
+def one_minus_eer(scores, truth):
+    """scores (N, 2), truth (N,) 0 or 1."""
+    return 1 - equal_error_rate(scores[:, 1] - scores[:, 0], truth)
 
-    A class is in a segment if it is in any of its tokens. macro: mean over all C classes; micro: all counts pooled.
-    A clip's last, shorter segment counts too (X-ARES drops it; its DESED clips, of 10 s, have none).
+
+def segment_f1(scores, truth, clip, seconds, average, token_seconds=0.02):
+    """F1 of segments: scores and truth (N, C) of tokens, clip (N,) theirs, ascending.
+
+    A segment has a class if any of its tokens has it (score > 0). macro: mean over classes,
+    micro: counts pooled. A clip's shorter last segment counts (X-ARES drops it).
     """
-    token = torch.arange(len(clip), device=clip.device) - torch.searchsorted(clip, clip)  # of its clip
-    segment = (token % round(seconds / TOKEN) == 0).cumsum(0) - 1
-    empty = torch.zeros(int(segment[-1]) + 1, y.shape[1], device=y.device)
-    found, true = empty.index_add(0, segment, (scores > 0).float()) > 0, empty.index_add(0, segment, y.float()) > 0
+    token = torch.arange(len(clip), device=clip.device) - torch.searchsorted(clip, clip)
+    number = (token * token_seconds / seconds + 1e-6).floor()  # of its segment in the clip
+    begins = (number.diff() != 0) | (clip.diff() != 0)
+    segment = F.pad(begins, (1, 0)).cumsum(0)  # (N,)
+    empty = torch.zeros(int(segment[-1]) + 1, truth.shape[1], device=truth.device)
+    found = empty.index_add(0, segment, (scores > 0).float()) > 0
+    true = empty.index_add(0, segment, truth.float()) > 0
     hits, sizes = (found & true).sum(0), found.sum(0) + true.sum(0)  # (C,)
     if average == "micro":
         hits, sizes = hits.sum(), sizes.sum()
     return (2 * hits.double() / sizes.clamp(min=1)).mean().item()
 
 
-def recall_at_1(audio: torch.Tensor, text: torch.Tensor, owner: torch.Tensor) -> float:
-    """audio (N, E), text (M, E), owner (M,) the clip of each text: mean of both directions, by cosine."""
+def recall_at_1(audio, text, owner):
+    """Mean of both directions: audio (N, E), text (M, E), owner (M,) the clips of text."""
     similarity = F.normalize(audio, dim=1) @ F.normalize(text, dim=1).T  # (N, M)
     to_text = owner[similarity.argmax(1)] == torch.arange(len(audio), device=owner.device)
     to_audio = similarity.argmax(0) == owner
     return (to_text.double().mean() + to_audio.double().mean()).item() / 2
 
 
-def word_error_rate(answers: list[str], truths: list[str]) -> float:
+def word_error_rate(answers, truths):
     """Substituted, missing and inserted words over all true words, in lower case."""
     errors = words = 0
     for answer, truth in zip(answers, truths, strict=True):
         answer, truth = answer.lower().split(), truth.lower().split()
-        row = list(range(len(answer) + 1))  # edit distance, a row at a time
+        costs = list(range(len(answer) + 1))  # edit distance
         for i, word in enumerate(truth):
-            above, row = row, [i + 1]
+            above, costs = costs, [i + 1]
             for j, other in enumerate(answer):
-                row.append(min(above[j] + (word != other), above[j + 1] + 1, row[j] + 1))
-        errors, words = errors + row[-1], words + len(truth)
+                swap = above[j] + (word != other)
+                costs.append(min(swap, above[j + 1] + 1, costs[j] + 1))
+        errors += costs[-1]
+        words += len(truth)
     return errors / max(1, words)
 
 
-METRICS = {  # of scores (N, C), truth (N,) or (N, C), clip (N,); in [0, 1], higher is better
-    "accuracy": lambda scores, y, clip: accuracy(scores, y),
-    "mAP": lambda scores, y, clip: mean_average_precision(scores, y),
-    "1 - EER": lambda scores, y, clip: 1 - equal_error_rate(scores[:, 1] - scores[:, 0], y),
-    "segment F1 macro": lambda scores, y, clip: segment_f1(scores, y, clip, 1.0, "macro"),  # DESED's
-    "segment F1 micro": lambda scores, y, clip: segment_f1(scores, y, clip, 0.1, "micro"),  # MAESTRO's
-    "recall@1": None, "1 - WER": None,  # see score_retrieval, score_transcription
+CLIP_METRICS = {"accuracy": accuracy, "mAP": mean_average_precision, "1 - EER": one_minus_eer}
+FRAME_METRICS = {
+    "segment F1 macro": partial(segment_f1, seconds=1.0, average="macro"),  # DESED's
+    "segment F1 micro": partial(segment_f1, seconds=0.1, average="micro"),  # MAESTRO's
 }
+TEXT_METRICS = ["recall@1", "1 - WER"]
 
 
 # ---------------------------------------------------------------- k nearest neighbours
 
 @torch.no_grad()
-def knn(x, y, train, test, classes: int, k: int = 10, temperature: float = 0.07, chunk: int = 16384) -> torch.Tensor:
-    """Votes (len(test), C) of each test row's k most similar train rows, as X-ARES counts them.
+def knn(x, truth, train, test, k=10, temperature=0.07, chunk=16384):
+    """Votes (len(test), C) of each test vector's k nearest train vectors.
 
-    x (N, D), y (N,) classes or (N, C) 0 or 1, train and test: rows. A vote weighs the softmax of cosine / temperature
-    over the k. Train is gone through in chunks, so that little memory is needed beside the features.
+    x (N, D); truth (N,) classes or (N, C) 0 or 1; train, test: numbers of vectors. A vote
+    weighs softmax(cosine / temperature) over the k.
     """
     votes = []
-    for queries in test.split(1024):
-        q = F.normalize(x[queries].float(), dim=1)
-        near, where = q.new_empty(len(q), 0), queries.new_empty(len(q), 0)
-        for rows in train.split(chunk):
-            near = torch.cat([near, q @ F.normalize(x[rows].float(), dim=1).T], 1)
-            where = torch.cat([where, rows.expand(len(q), -1)], 1)
-            near, order = near.topk(min(k, near.shape[1]))
-            where = where.gather(1, order)
-        weight = (near / temperature).softmax(1)  # (Q, k)
-        if y.dim() == 2:
-            votes.append(torch.einsum("qk,qkc->qc", weight, y[where].float()))
+    for items in test.split(1024):
+        query = F.normalize(x[items].float(), dim=1)
+        cosine, nearest = query.new_empty(len(query), 0), items.new_empty(len(query), 0)
+        for others in train.split(chunk):
+            new = query @ F.normalize(x[others].float(), dim=1).T
+            cosine = torch.cat([cosine, new], 1)
+            nearest = torch.cat([nearest, others.expand(len(query), -1)], 1)
+            cosine, order = cosine.topk(min(k, cosine.shape[1]))
+            nearest = nearest.gather(1, order)
+        weight = (cosine / temperature).softmax(1)  # (Q, k)
+        if truth.dim() == 2:
+            votes.append(torch.einsum("qk,qkc->qc", weight, truth[nearest].float()))
         else:
-            votes.append(q.new_zeros(len(q), classes).scatter_add_(1, y[where], weight))
+            empty = weight.new_zeros(len(query), int(truth.max()) + 1)
+            votes.append(empty.scatter_add_(1, truth[nearest], weight))
     return torch.cat(votes)
 
 
-# ---------------------------------------------------------------- probes
+# ---------------------------------------------------------------- training on frozen features
 
-def _rate(lr: float, epoch: int, epochs: int) -> float:
-    return lr * (0.55 + 0.45 * math.cos(math.pi * epoch / epochs))  # a cosine from lr to a tenth of it
-
-
-def _inputs(x: torch.Tensor) -> torch.Tensor:
-    """Features (..., D) -> (..., D + 1): LayerNorm (gain and shift are left to the layer above), a 1 for its bias."""
-    return F.pad(F.layer_norm(x.float(), x.shape[-1:]), (0, 1), value=1.0)
-
-
-def _forward(params: list[torch.Tensor], x: torch.Tensor):
-    """R probes at once: inputs (R, B, D + 1) -> hidden (R, B, H + 1) or None, scores (R, B, C)."""
-    if len(params) == 1:
-        return None, x.bmm(params[0])
-    hidden = F.pad(x.bmm(params[0]).relu_(), (0, 1), value=1.0)
-    return hidden, hidden.bmm(params[1])
+class Parts(NamedTuple):
+    """Numbers of the vectors that train, that choose, that are scored, that kNN searches."""
+    train: torch.Tensor
+    valid: torch.Tensor
+    test: torch.Tensor
+    neighbours: torch.Tensor
 
 
-def _gradients(params, x, y, positive_weight: float) -> list[torch.Tensor]:
-    """Of each probe's mean loss, by hand: a third of autograd's time. x (R, B, D + 1), y (R, B) or (R, B, C).
+def fit(model, loss_of, count, valid_score, spec):
+    """Adam at 1e-3, a cosine down to a tenth -> the epoch, the one with the best valid_score().
 
-    With respect to the scores, cross entropy's is softmax - truth, binary cross entropy's sigmoid - truth.
+    loss_of(items): mean loss of some of the `count` items of train.
     """
-    hidden, scores = _forward(params, x)
-    if y.dim() == 2:
-        error = scores.softmax(-1).scatter_add_(-1, y[..., None], y.new_full((), -1, dtype=x.dtype).expand(*y.shape, 1))
-        error = error.div_(y.shape[1])
-    else:
-        y = y.float()
-        error = (scores.sigmoid() * (1 + (positive_weight - 1) * y) - positive_weight * y) / y[0].numel()
-    if hidden is None:
-        return [x.mT.bmm(error)]
-    below = error.bmm(params[1].mT)[..., :-1] * (hidden[..., :-1] > 0)
-    return [x.mT.bmm(below), hidden.mT.bmm(error)]
-
-
-@torch.no_grad()
-def predict(params: list[torch.Tensor], x: torch.Tensor, rows: torch.Tensor, prepare=_inputs) -> torch.Tensor:
-    """Scores (len(rows), C) of one probe for rows of the features x (N, D)."""
-    return torch.cat([_forward([p[None] for p in params], prepare(x[r])[None])[1][0] for r in rows.split(65536)])
-
-
-@torch.no_grad()
-def fit_probes(x, y, runs, measure, classes: int, hidden=0, epochs=30, batch=32, lr=1e-3, positive_weight=1.0):
-    """Train R probes at once, each on its own rows, and keep of each the epoch that is best on its valid rows.
-
-    LayerNorm, linear (, ReLU, linear); Adam, cosine to a tenth. x (N, D); y (N,) classes or (N, C) 0 or 1; runs: (train
-    rows, valid rows, seed) of each probe; measure(scores, rows) -> float. Which rows are test's is not known here.
-    -> (parameters of each probe, its epoch)
-    """
-    sizes = [x.shape[1]] + [hidden] * (hidden > 0) + [classes]
-    draws = [torch.Generator().manual_seed(seed) for _, _, seed in runs]
-    params = [torch.stack([(torch.rand(a + 1, b, generator=g) * 2 - 1) / math.sqrt(a) for g in draws]).to(x.device)
-              for a, b in zip(sizes, sizes[1:])]  # (R, in + 1, out), the last row the bias, as nn.Linear begins
-    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in params]
-    longest, step = max(len(train) for train, _, _ in runs), 0
-    # Once for all epochs; but frame features, in half precision, are too many to be held twice.
-    x, prepare = (_inputs(x), lambda x: x) if x.dtype == torch.float32 else (x, _inputs)
-    best, chosen, epoch_of = [-1.0] * len(runs), [None] * len(runs), [0] * len(runs)
-    for epoch in range(epochs):
-        # A smaller fold begins its shuffled rows again, so that all probes take the same number of steps.
-        order = torch.stack([train[torch.randperm(len(train), generator=g)[torch.arange(longest) % len(train)]]
-                             for (train, _, _), g in zip(runs, draws)])  # (R, longest)
-        for rows in order.split(batch * max(1, 2048 // batch), dim=1):  # fetched many batches at a time
-            take = lambda t: t.index_select(0, rows.flatten()).unflatten(0, rows.shape)
-            seen, truth = prepare(take(x)).split(batch, dim=1), take(y).split(batch, dim=1)
-            for xs, ys in zip(seen, truth):  # (R, B, D + 1), (R, B) or (R, B, C)
-                step += 1
-                unbias, rate = math.sqrt(1 - 0.999**step), _rate(lr, epoch, epochs) / (1 - 0.9**step)
-                for p, g, (m, v) in zip(params, _gradients(params, xs, ys, positive_weight), moments):  # Adam
-                    m.lerp_(g, 0.1)
-                    v.lerp_(g.square_(), 0.001)
-                    p.addcdiv_(m, v.sqrt().add_(1e-8 * unbias), value=-rate * unbias)
-        for r, (_, valid, _) in enumerate(runs):
-            value = measure(predict([p[r] for p in params], x, valid, prepare), valid)
-            if value >= best[r]:  # assumption: of equal epochs the last, which has trained longest
-                best[r], epoch_of[r], chosen[r] = value, epoch + 1, [p[r].clone() for p in params]
-    return chosen, epoch_of
-
-
-def _fit_module(module: nn.Module, loss_of, count: int, value_of, epochs: int, batch: int, lr: float = 1e-3) -> None:
-    """Adam on loss_of(batch of numbers below `count`), cosine to a tenth; ends at the epoch of the best value_of()."""
-    adam, best, state = torch.optim.Adam(module.parameters(), lr=lr), -math.inf, None
-    for epoch in range(epochs):
-        adam.param_groups[0]["lr"] = _rate(lr, epoch, epochs)
-        for items in torch.randperm(count).split(batch):
+    device = next(model.parameters()).device
+    adam = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, spec.epochs, eta_min=1e-4)
+    best = -math.inf
+    for epoch in range(1, spec.epochs + 1):
+        for items in torch.randperm(count).to(device).split(spec.batch):
             adam.zero_grad()
             loss_of(items).backward()
             adam.step()
+        schedule.step()
         with torch.no_grad():
-            value = value_of()  # on valid
-        if value >= best:
-            best, state = value, {k: v.clone() for k, v in module.state_dict().items()}
-    module.load_state_dict(state)
+            value = valid_score()
+        if value >= best:  # assumption: of equal epochs the last, which has trained longest
+            best, chosen = value, epoch
+            weights = copy.deepcopy(model.state_dict())
+    model.load_state_dict(weights)
+    return chosen
+
+
+def new_probe(width, hidden, classes):
+    """(B, D) -> (B, C): LayerNorm, linear (, ReLU, linear where hidden > 0)."""
+    layers = [nn.LayerNorm(width, elementwise_affine=False)]
+    sizes = [width, hidden, classes] if hidden else [width, classes]
+    for inputs, outputs in zip(sizes, sizes[1:]):
+        linear = nn.utils.skip_init(nn.Linear, inputs, outputs)
+        # nn.Linear's distribution, drawn in the order that repeats the published scores.
+        start = (2 * torch.rand(inputs + 1, outputs) - 1) / math.sqrt(inputs)
+        linear.weight.data.copy_(start[:-1].T)
+        linear.bias.data.copy_(start[-1])
+        layers += [linear, nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def score_probe(x, truth, measure, spec, size, parts, seed):
+    """A probe's score on test, and its epoch, chosen on valid.
+
+    x (N, D); truth (N,) classes or (N, C) 0 or 1; size: width, hidden, classes;
+    measure(scores, items) -> float.
+    """
+    torch.manual_seed(seed)
+    probe = new_probe(*size).to(x.device)
+    weight = torch.tensor(spec.positive_weight, device=x.device)
+
+    def loss_of(items):
+        items = parts.train[items]
+        scores, answers = probe(x[items].float()), truth[items]  # (B, C), (B,) or (B, C)
+        if answers.dim() == 1:
+            return F.cross_entropy(scores, answers)
+        return F.binary_cross_entropy_with_logits(scores, answers.float(), pos_weight=weight)
+
+    @torch.no_grad()
+    def score(items):
+        scores = [probe(x[some].float()) for some in items.split(65536)]
+        return measure(torch.cat(scores), items)
+
+    epoch = fit(probe, loss_of, len(parts.train), partial(score, parts.valid), spec)
+    return score(parts.test), epoch
 
 
 class Retriever(nn.Module):
-    """Clips and captions in one space: an MLP on a clip's features; the mean of an MLP on learned word vectors."""
+    """Clips and captions in one space: an MLP on features, the mean of an MLP on words."""
 
-    def __init__(self, width: int, words: int, size: int = 512):
+    def __init__(self, width, words, size=512):
         super().__init__()
-        mlp = lambda d: nn.Sequential(nn.Linear(d, size), nn.GELU(), nn.Linear(size, size))
-        self.audio, self.text = nn.Sequential(nn.LayerNorm(width), mlp(width)), mlp(size)
-        self.words, self.scale = nn.Embedding(words, size), nn.Parameter(torch.tensor(1 / 0.07).log())
+        self.audio = nn.Sequential(nn.LayerNorm(width), *self.mlp(width, size))
+        self.text = nn.Sequential(*self.mlp(size, size))
+        self.words = nn.Embedding(len(words) + 1, size)
+        self.scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+        self.number = {word: i for i, word in enumerate(words, 1)}  # 0: any other word
 
-    def forward(self, x: torch.Tensor, captions: list[list[int]]):
-        """x (N, D), word ids of M captions -> (N, E), (M, E)."""
-        starts = torch.tensor([0] + [len(c) for c in captions[:-1]], device=x.device).cumsum(0)
-        ids = torch.tensor([w for c in captions for w in c], device=x.device)
-        return self.audio(x), F.embedding_bag(ids, self.text(self.words.weight), starts, mode="mean")
+    @staticmethod
+    def mlp(width, size):
+        return nn.Linear(width, size), nn.GELU(), nn.Linear(size, size)
+
+    def forward(self, x, captions):
+        """x (N, D), words of M captions -> (N, E), (M, E), of length 1."""
+        ids, starts = [], []
+        for words in captions:
+            starts.append(len(ids))
+            ids += [self.number.get(word, 0) for word in words] or [0]
+        ids, starts = torch.tensor(ids).to(x.device), torch.tensor(starts).to(x.device)
+        text = F.embedding_bag(ids, self.text(self.words.weight), starts, mode="mean")
+        return F.normalize(self.audio(x), dim=1), F.normalize(text, dim=1)
 
 
-def score_retrieval(x, texts, parts, epochs: int, batch: int, seed: int) -> float:
-    """Recall@1 on test: x (N, D), texts: captions of each row, parts: rows of train, valid, test (X-ARES's Clotho)."""
-    split = lambda text: re.findall(r"\w+", text.lower())
-    words = sorted({w for n in parts[0] for text in texts[n] for w in split(text)})
-    number = {w: i for i, w in enumerate(words, 1)}  # 0: a word that train does not have
-    ids = lambda text: [number.get(w, 0) for w in split(text)] or [0]
-    pairs = [[(place, ids(text)) for place, n in enumerate(part) for text in texts[n]] for part in parts]
-    xs = [x[part] for part in parts]
+def score_retrieval(x, captions, spec, parts, seed):
+    """Recall@1 on test, and the epoch: x (N, D), captions of each vector, as in X-ARES."""
+    def pairs(items):
+        owner, texts = [], []
+        for place, n in enumerate(items.tolist()):
+            owner += [place] * len(captions[n])
+            texts += [re.findall(r"\w+", caption.lower()) for caption in captions[n]]
+        return x[items], torch.tensor(owner).to(x.device), texts
+
     torch.manual_seed(seed)
-    model = Retriever(x.shape[1], len(words) + 1).to(x.device)
+    train, owner, texts = pairs(parts.train)
+    model = Retriever(x.shape[1], sorted(set().union(*texts))).to(x.device)
 
     def loss_of(items):
-        owner, captions = zip(*(pairs[0][i] for i in items))
-        owner = torch.tensor(owner, device=x.device)
-        audio, text = (F.normalize(e, dim=1) for e in model(xs[0][owner], captions))
-        twin = (owner[:, None] == owner).fill_diagonal_(False)  # another caption of the same clip is no wrong answer
+        clips = owner[items]  # (B,)
+        audio, text = model(train[clips], [texts[i] for i in items.tolist()])
+        # Another caption of the same clip is no wrong answer.
+        twin = (clips[:, None] == clips).fill_diagonal_(False)
         logits = (audio @ text.T * model.scale.exp()).masked_fill(twin, -math.inf)
         target = torch.arange(len(items), device=x.device)
         return F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)
 
     @torch.no_grad()
-    def recall(part):
-        owner, captions = zip(*pairs[part])
-        return recall_at_1(*model(xs[part], captions), torch.tensor(owner, device=x.device))
+    def recall(x, owner, texts):
+        return recall_at_1(*model(x, texts), owner)
 
-    _fit_module(model, loss_of, len(pairs[0]), lambda: recall(1), epochs, batch)
-    return recall(2)
-
-
-class _Cached(nn.Module):
-    """Stands in for an encoder whose features are at hand: they come as audio, their lengths as samples."""
-
-    def encode(self, features, lengths):
-        return features, lengths
+    epoch = fit(model, loss_of, len(owner), partial(recall, *pairs(parts.valid)), spec)
+    return recall(*pairs(parts.test)), epoch
 
 
-def score_transcription(x, clip, texts, parts, encoder, decoder, epochs: int, batch: int) -> float:
-    """1 - WER on test, generated by a frozen decoder through an adapter trained on train, chosen by valid's loss.
+def score_transcription(tokens, texts, spec, encoder, decoder, parts, seed):
+    """1 - WER on test, and the epoch: a frozen decoder hears through an adapter trained here.
 
-    x (N, D) the tokens of all clips, clip (N,) ascending, texts: one a clip, parts: clips of train, valid, test.
+    tokens: (T, D) of each clip; texts: of each clip; parts: of clips.
     """
-    torch.manual_seed(0)
-    model = uniwhisper.UniWhisper.from_folders(encoder, decoder, dtype=torch.bfloat16 if x.is_cuda else torch.float32)
-    model.encoder, ask = _Cached(), data.TEMPLATES["transcribe"][0]
-    model.to(x.device)
-    prompt = model.tokenizer.prompt(ask)
-    counts = torch.bincount(clip, minlength=len(texts))
-    tokens = x.split(counts.tolist())
+    torch.manual_seed(seed)
+    adapter = new_adapter(encoder, decoder, stack=4)
+    stored = SimpleNamespace(encode=lambda features, lengths: (features, lengths))
+    model = UniWhisper(stored, adapter, decoder).to(tokens[0].device)
+    instruction, tokenizer = data.TEMPLATES["transcribe"][0], decoder.tokenizer
 
     def batch_of(clips):
-        features = nn.utils.rnn.pad_sequence([tokens[c].float() for c in clips], batch_first=True)
-        prompts, answers = [prompt] * len(clips), [model.tokenizer.answer(texts[c]) for c in clips]
-        return SimpleNamespace(audio=features, samples=counts[clips], prompts=prompts, answers=answers)
+        features, answers = [], []
+        for n in clips.tolist():
+            features.append(tokens[n].float())
+            answers.append(tokenizer.answer(texts[n]))
+        return SimpleNamespace(
+            audio=pad_sequence(features, batch_first=True),
+            samples=torch.tensor(list(map(len, features))),
+            prompts=[tokenizer.prompt(instruction)] * len(clips), answers=answers)
 
     def loss_of(items):
-        loss, answer_tokens = model(batch_of(parts[0][items]))
-        return loss / answer_tokens
+        return model(batch_of(parts.train[items])).mean()
 
-    valid = lambda: -sum(model(batch_of(clips))[0].item() for clips in parts[1].split(batch))
-    _fit_module(model.adapter, loss_of, len(parts[0]), valid, epochs, batch)
+    def valid_score():
+        loss = 0.0
+        for clips in parts.valid.split(spec.batch):
+            loss += model(batch_of(clips)).sum().item()
+        return -loss
+
+    epoch = fit(adapter, loss_of, len(parts.train), valid_score, spec)
     answers = []
-    for b in map(batch_of, parts[2].split(batch)):
-        answers += model.generate(b.audio, [ask] * len(b.audio), 200, b.samples)
-    return max(0.0, 1 - word_error_rate(answers, [texts[c] for c in parts[2]]))
+    for clips in parts.test.split(spec.batch):
+        batch = batch_of(clips)
+        answers += model.generate(batch.audio, batch.samples, [instruction] * len(clips), 200)
+    errors = word_error_rate(answers, [texts[n] for n in parts.test.tolist()])
+    return max(0.0, 1 - errors), epoch
 
 
 # ---------------------------------------------------------------- tasks
 
 class Clip(NamedTuple):
     rows: Rows
-    number: int  # among the rows
-    split: str | int  # train, valid, test, held out, or a fold's number
-    label: object  # a class, classes, (onset, offset, class) in seconds, captions, or a text
+    number: int  # of its row
+    split: object  # train, valid, test, held out, or a fold
+    label: object  # class, classes, (onset, offset, class) events, captions or text
 
 
 @dataclass
@@ -402,246 +431,333 @@ class Task:
     spec: Spec
     clips: list[Clip]
 
-    @property
-    def frames(self) -> bool:
-        return self.spec.metric.startswith("segment") or self.spec.metric == "1 - WER"
-
-    def members(self, clip: Clip) -> set[str]:
-        """A clip's classes."""
-        return ({v[2] for v in clip.label} if self.frames
-                else {*clip.label} if self.spec.metric == "mAP" else {clip.label})
+    def __post_init__(self):
+        self.frames = self.spec.metric in FRAME_METRICS or self.spec.metric == "1 - WER"
 
     @property
-    def classes(self) -> list[str]:
-        """The classes that occur, sorted; none where labels are texts."""
-        return sorted({m for c in self.clips for m in self.members(c)}) if METRICS[self.spec.metric] else []
+    def classes(self):
+        return [] if self.spec.metric in TEXT_METRICS else classes_of(self.clips)
+
+    @property
+    def folds(self):
+        return sorted({c.split for c in self.clips if isinstance(c.split, int)})
 
 
-# What a manifest's row has -> the metrics that fit it, the usual one first ("tags": a label that is a list).
-FITS = {"events": ("segment F1 macro", "segment F1 micro"), "captions": ("recall@1",), "tags": ("mAP",),
-        "label": ("accuracy", "1 - EER"), "answer": ("1 - WER",)}
+def classes_of(clips):
+    classes = set()
+    for clip in clips:
+        for label in [clip.label] if isinstance(clip.label, str) else clip.label:
+            classes.add(label if isinstance(label, str) else label[2])
+    return sorted(classes)
 
 
-def _truth(row: dict) -> tuple[str, object]:
-    """(key of FITS, label) of a manifest's row. Raises ValueError."""
-    kind = next((k for k in ("events", "captions", "label", "answer") if row.get(k) not in (None, "")), None)
-    if kind is None or not row.get("task"):
-        raise ValueError(f"lacks {'a label' if row.get('task') else 'task'}; probing needs a task and a label, events, "
-                         "captions or an answer")
+# What a manifest's row has (tags: a label that is a list) -> the metrics that fit it.
+FITTING = {"events": list(FRAME_METRICS), "captions": ["recall@1"], "tags": ["mAP"],
+           "label": ["accuracy", "1 - EER"], "answer": ["1 - WER"]}
+
+
+def _read_events(value):
+    events = []
+    try:
+        for event in value:
+            onset, offset = float(event["onset"]), float(event["offset"])
+            require(0 <= onset <= offset < math.inf, "not in order")
+            events.append((onset, offset, str(event["label"])))
+    except (TypeError, KeyError, ValueError):
+        raise ValueError("events must be a list of {onset, offset, label}, in seconds, "
+                         "0 <= onset <= offset") from None
+    return events
+
+
+def _read_label(row):
+    """(key of FITTING, label) of a manifest's row."""
+    for kind in ("events", "captions", "label", "answer"):
+        value = row.get(kind)
+        if value in (None, ""):
+            continue
+        if kind == "events":
+            value = _read_events(value)
+        elif kind == "captions":
+            texts = isinstance(value, list) and set(map(type, value)) == {str}
+            require(texts, f"captions is {value!r}; need a list of texts")
+        elif kind == "label" and isinstance(value, list):
+            kind, value = "tags", list(map(str, value))
+        else:
+            value = str(value)
+        return kind, value
+    raise ValueError("lacks a label; probing needs a label, events, captions or an answer")
+
+
+def _read_row(rows, i):
+    """The task's name and Spec, and the Clip, of a manifest's row."""
+    row = {"domain": "other", "split": None} | rows[i]
+    require(row.get("task"), "lacks task; probing needs one")
     for key in ("task", "domain"):
-        if not isinstance(row.get(key, ""), str):
-            raise ValueError(f"{key} is {row[key]!r}; need a text")
-    value = row[kind]
-    if kind == "events":
-        try:
-            events = [(float(e["onset"]), float(e["offset"]), str(e["label"])) for e in value]
-        except (TypeError, KeyError, ValueError):
-            events = [(-1.0, 0.0, "")]
-        if not all(0 <= onset <= offset < math.inf for onset, offset, _ in events):
-            raise ValueError("events must be a list of {onset, offset, label}, in seconds, 0 <= onset <= offset")
-        return kind, events
-    if kind == "captions" and not (isinstance(value, list) and value and all(isinstance(v, str) for v in value)):
-        raise ValueError(f"captions is {value!r}; need a list of texts")
-    if kind == "label" and isinstance(value, list):
-        return "tags", [str(v) for v in value]
-    return kind, value if kind == "captions" else str(value)
+        require(isinstance(row[key], str), f"{key} is {row[key]!r}; need a text")
+    kind, label = _read_label(row)
+    fitting = FITTING[kind]
+    metric = row.get("metric", fitting[0])
+    require(metric in fitting,
+            f"metric is {metric!r}; with {kind} it can be {' or '.join(fitting)}")
+    split = "train" if row["split"] is None else str(row["split"])
+    if split.isdecimal():
+        split = int(split)
+    elif split not in ("train", "valid", "test"):
+        raise ValueError(f"split is {split!r}; need train, valid, test or a fold's number; "
+                         f"the data has {', '.join(sorted(rows.splits))}")
+    class_task = kind in ("label", "tags")
+    spec = Spec(row["domain"], kind, metric=metric, epochs=30, knn=class_task)
+    return row["task"], spec, Clip(rows, i, split, label)
 
 
-def manifest_tasks(rows: Rows) -> list[Task]:
-    """A task for each `task` among the rows. Its kind follows from what a row has: events, captions, a label (a list:
-    tagging), or else an answer; `metric` may name another metric that fits."""
+def manifest_tasks(rows):
+    """A task for each `task` of the rows. It is of events, captions, labels (lists: tagging)
+    or answers, whichever they have; `metric` may name another metric that fits."""
     tasks = {}
     for i in range(len(rows)):
-        row = rows[i]
         try:
-            kind, label = _truth(row)
-            spec = Spec(row.get("domain", "other"), kind, metric=row.get("metric", FITS[kind][0]), epochs=30,
-                        knn=kind in ("label", "tags"))
-            if spec.metric not in FITS[kind]:
-                raise ValueError(f"metric is {spec.metric!r}; with {kind} it can be {' or '.join(FITS[kind])}")
-            task = tasks.setdefault(row["task"], Task(row["task"], spec, []))
-            if spec != task.spec:
-                raise ValueError(f"domain {spec.domain}, {kind}, metric {spec.metric}; its task {task.name} begins "
-                                 f"with {task.spec.domain}, {task.spec.label}, {task.spec.metric}")
-            split = "train" if row.get("split") is None else str(row["split"])
-            if split not in ("train", "valid", "test") and not split.isdecimal():
-                raise ValueError(f"split is {split!r}; need train, valid, test or a fold's number")
+            name, spec, clip = _read_row(rows, i)
+            task = tasks.setdefault(name, Task(name, spec, []))
+            this, first = (f"{s.domain}, {s.label}, {s.metric}" for s in (spec, task.spec))
+            require(this == first, f"{this}; its task {name} begins with {first}")
         except ValueError as e:
             raise ValueError(f"{rows.name(i)}: {e}") from None
-        task.clips.append(Clip(rows, i, int(split) if split.isdecimal() else split, label))
+        task.clips.append(clip)
     return list(tasks.values())
 
 
-def xares_task(env, name: str) -> Task:
-    """One of X-ARES's public tasks from ENV/NAME/*.tar, as X-ARES unpacks its downloads."""
+def xares_task(env, name):
+    """One of X-ARES's tasks from the tars in ENV/NAME, unconverted."""
     spec, clips = XARES[name], []
-    names = dict(zip(("train", "valid", "test"), spec.splits.split()))
-    for split in spec.folds or [k for k, v in names.items() if v != "-"]:
-        rows = Rows([Path(env, name, (spec.tars.format(split) if spec.folds else spec.tars + names[split]) + "*.tar")])
+    splits, tars = spec.splits, spec.splits
+    if isinstance(tars, str):
+        splits, tars = ("train", "valid", "test"), tars.split()
+    for split, tar in zip(splits, tars):
+        rows = [] if tar == "-" else Rows([Path(env, name, spec.tars.format(tar) + "*.tar")])
         for i in range(len(rows)):
             try:
-                label = spec.label(rows[i]) if callable(spec.label) else str(rows[i][spec.label])
+                key = spec.label
+                label = key(rows[i]) if callable(key) else str(rows[i][key])
             except (KeyError, TypeError, AttributeError) as e:
-                raise ValueError(f"{rows.name(i)}: its json is not as in X-ARES's {name} ({e!r})") from None
+                raise ValueError(f"{rows.name(i)}: not as in X-ARES's {name} ({e!r})") from None
             clips.append(Clip(rows, i, split, label))
     return Task(name, spec, clips)
 
 
-def check(task: Task, say) -> None:
-    """Refuse what cannot be probed, before anything is encoded. Without a valid split hold out a tenth of train."""
-    splits, classes, metric = {c.split for c in task.clips}, task.classes, task.spec.metric
-    folds = {s for s in splits if isinstance(s, int)}
-    if folds and METRICS[metric] is None:
-        raise ValueError(f"{task.name}: its splits are folds; {metric} needs train and test")
-    if METRICS[metric] and len(classes) < 2 or metric == "1 - EER" and len(classes) != 2:
-        raise ValueError(f"{task.name}: has {len(classes)} class(es), {', '.join(classes[:3])}; {metric} needs "
-                         f"{'two' if metric == '1 - EER' else 'two or more'}")
-    if folds:
-        empty = set(range(min(folds), max(folds) + 1)) - folds
-        if empty or len(folds) < 3 or splits != folds:
-            found = f"fold {min(empty)} has no clips" if empty else f"splits are {', '.join(sorted(map(str, splits)))}"
-            raise ValueError(f"{task.name}: {found}; need three folds or more, each with clips, and no other split")
-    elif not {"train", "test"} <= splits:
-        raise ValueError(f"{task.name}: no clip in split {'test' if 'train' in splits else 'train'}; "
-                         f"found {', '.join(sorted(splits))}")
-    elif "valid" not in splits:
-        train = [n for n, c in enumerate(task.clips) if c.split == "train"]
-        draw = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[: -(-len(train) // 10)]
-        for n in draw.tolist():
-            task.clips[train[n]] = task.clips[train[n]]._replace(split="held out")
-        say(f"note: {task.name} has no valid split: its epoch is chosen on {len(draw)} clips held out of train")
-    for fold in sorted(folds) or ["test"] * bool(classes):
-        taught = (c for c in task.clips if (c.split != fold if folds else c.split == "train"))
-        if lost := set(classes) - {m for c in taught for m in task.members(c)}:
-            say(f"note: {task.name}: no clip of class {', '.join(sorted(lost)[:5])} is in train"
-                + (f" when fold {fold} is test" if folds else "") + "; its clips elsewhere count as wrong")
+def rotations(task, clip):
+    """Parts of the vectors of clips (N,). Folds take turns: test on one, choose on the next.
+
+    A part without clips, or with one class only for 1 - EER, is a ValueError.
+    """
+    turns, folds = [], task.folds
+    for test, valid in zip(folds, folds[1:] + folds[:1]):
+        others = set(folds) - {test}
+        turns.append((others - {valid}, {valid}, {test}, others))
+    if not folds:
+        turns = [({"train"}, {"valid", "held out"}, {"test"}, {"train", "held out"})]
+    rotated = []
+    for turn in turns:
+        parts = []
+        for name, splits in zip(Parts._fields, turn):
+            inside = torch.tensor([c.split in splits for c in task.clips])
+            items = inside.to(clip.device)[clip].nonzero()[:, 0]
+            found = clips_of(task, clip[items])
+            require(found, f"{task.name}: no readable clip is left in {name}; it needs more")
+            if task.spec.metric == "1 - EER":
+                both = len(classes_of(found)) == 2
+                require(both, f"{task.name}: only one class is left in {name}; "
+                        "1 - EER needs both")
+            parts.append(items)
+        rotated.append(Parts(*parts))
+    return rotated
 
 
-def targets(task: Task, clip: torch.Tensor) -> torch.Tensor:
-    """Truth of each feature vector, given its clip (N,) ascending: (N,) classes, or (N, C) bool."""
-    number = {c: i for i, c in enumerate(task.classes)}
+def clips_of(task, numbers):
+    return [task.clips[n] for n in numbers.unique().tolist()]
+
+
+def check(task, say):
+    """Refuse what cannot be scored (ValueError), say what is odd, before anything is encoded.
+    Without valid hold out a tenth of train."""
+    name, metric, classes, folds = task.name, task.spec.metric, task.classes, task.folds
+    if metric not in TEXT_METRICS:
+        need = "two" if metric == "1 - EER" else "two or more"
+        enough = len(classes) == 2 or (len(classes) > 2 and metric != "1 - EER")
+        require(enough, f"{name}: has {len(classes)} class(es), {', '.join(classes[:3])}; "
+                f"{metric} needs {need}")
+    splits = {clip.split for clip in task.clips}
+    named = {"train", "test"} <= splits and not folds
+    rotating = classes and len(folds) > 2 and splits == set(range(folds[0], folds[-1] + 1))
+    found, or_folds = ", ".join(sorted(map(str, splits))), ""
+    if classes:
+        or_folds = ", or three folds or more, without a gap"
+    require(named or rotating, f"{name}: its splits are {found}; need train and test{or_folds}")
+    if named and "valid" not in splits:
+        hold_out(task, say)
+    for turn, parts in enumerate(rotations(task, torch.arange(len(task.clips)))):
+        when = f" when fold {folds[turn]} is test" if folds else ""
+        known = classes_of(clips_of(task, parts.neighbours))
+        lost = sorted(set(classes) - set(known))
+        if lost:
+            say(f"note: {name}: no clip of class {', '.join(lost[:5])} is in train{when}; "
+                "its clips elsewhere count as wrong")
+        if classes and len(classes_of(clips_of(task, parts.test))) == 1:
+            say(f"note: {name}: all clips of test are of one class{when}")
+
+
+def hold_out(task, say):
+    train = [n for n, clip in enumerate(task.clips) if clip.split == "train"]
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))
+    held = order[: math.ceil(len(train) / 10)].tolist()
+    for n in held:
+        task.clips[train[n]] = task.clips[train[n]]._replace(split="held out")
+    say(f"note: {task.name} has no valid split: its epoch is chosen on {len(held)} clips "
+        "held out of train")
+
+
+def targets(task, clip, token_seconds=0.02):
+    """Truth of each vector, given its clip (N,) ascending: (N,) classes, or (N, C) bool."""
+    number = {name: i for i, name in enumerate(task.classes)}
     if not task.frames and task.spec.metric != "mAP":
         return torch.tensor([number[c.label] for c in task.clips])[clip]
-    hot = torch.zeros(len(clip), len(number), dtype=torch.bool)
-    for c, rows in zip(task.clips, hot.split(torch.bincount(clip, minlength=len(task.clips)).tolist())):
-        for v in c.label:
-            if task.frames:
-                rows[math.ceil(v[0] / TOKEN) : math.ceil(v[1] / TOKEN), number[v[2]]] = True  # as X-ARES rounds
+    truth = torch.zeros(len(clip), len(number), dtype=torch.bool)
+    sizes = torch.bincount(clip, minlength=len(task.clips)).tolist()
+    for c, mine in zip(task.clips, truth.split(sizes)):  # (T, C)
+        for label in c.label:
+            if task.frames:  # both ends rounded up, as in X-ARES
+                onset, offset, name = label
+                begin, end = math.ceil(onset / token_seconds), math.ceil(offset / token_seconds)
+                mine[begin:end, number[name]] = True
             else:
-                rows[:, number[v]] = True
-    return hot
-
-
-def rotations(task: Task, clip: torch.Tensor) -> list[list[torch.Tensor]]:
-    """Feature rows of neighbours, train, valid and test; k folds take turns: test on one, choose on the next."""
-    folds = sorted({c.split for c in task.clips if isinstance(c.split, int)})
-    plans = [[{*folds} - {f}, {*folds} - {f, g}, {g}, {f}] for f, g in zip(folds, folds[1:] + folds[:1])]
-    plans = plans or [[{"train", "held out"}, {"train"}, {"valid", "held out"}, {"test"}]]
-    rows = lambda part: torch.tensor([c.split in part for c in task.clips])[clip].nonzero()[:, 0]
-    return [[rows(part) for part in plan] for plan in plans]
+                mine[:, number[label]] = True
+    return truth
 
 
 # ---------------------------------------------------------------- features
 
-def _stamp(clip: Clip) -> list:
-    """What changes when a clip does: its file's path, size and time, and its place in a tar."""
-    rows, i = clip.rows, clip.number
-    path, at = rows.paths[rows.file[i]], int(rows.audio_at[i])
-    file = path if at >= 0 else os.path.join(os.path.dirname(path), rows[i]["audio"])
-    stat = os.stat(file) if os.path.exists(file) else None
-    return [os.path.abspath(file), at, stat and stat.st_size, stat and stat.st_mtime_ns]
+class Features(NamedTuple):
+    x: torch.Tensor  # (N, D), half precision in frame tasks
+    clip: torch.Tensor  # (N,) ascending
+    failed: list[str]  # a message for each clip that cannot be read
 
 
-def fingerprint(encoder: WhisperEncoder) -> str:
+@torch.inference_mode()
+def _encode(encoder, clips, frames, s):
+    """Features of each clip: (1, D), pooled over its real tokens; in frame tasks (T, D)."""
+    device, amp = next(encoder.parameters()).device, PRECISIONS[s.precision]
+    samples = torch.tensor(list(map(len, clips)))
+    audio = pad_sequence(clips, batch_first=True).to(device)
+    with torch.autocast(device.type, amp, enabled=amp is not None):
+        x, lengths = encoder.encode(audio, samples, pad_to_window=s.context == "30s")
+    x = x.float()  # (B, T, D), zero beyond lengths
+    if frames:
+        return [tokens[:n].half().cpu() for tokens, n in zip(x, lengths.tolist())]
+    count = lengths[:, None].to(device)  # (B, 1)
+    mean = x.sum(1) / count
+    if s.pool == "mean+std":
+        real = torch.arange(x.shape[1], device=device) < count  # (B, T)
+        spread = (x - mean[:, None]) * real[:, :, None]
+        mean = torch.cat([mean, (spread.square().sum(1) / count).sqrt()], 1)
+    return list(mean[:, None].cpu())
+
+
+def _join(found):
+    """{(clip, crop): (T, D)} -> x (N, D), clip (N,)."""
+    keys = sorted(found)
+    sizes = [len(found[key]) for key in keys]
+    clip = torch.tensor([n for n, _ in keys]).repeat_interleave(torch.tensor(sizes))
+    x = found[keys[0]].new_empty(len(clip), found[keys[0]].shape[1])
+    for key, part in zip(keys, x.split(sizes)):
+        part.copy_(found.pop(key))  # freed at once: frame tasks are large
+    return x, clip
+
+
+def _read_ahead(task, seconds, rate, failed):
+    """Lists of (clip, crop, samples), half an hour each, short clips first; the next list is
+    decoded meanwhile. Clips that cannot be read leave a message in `failed`."""
+    def read(n):
+        try:
+            audio = task.clips[n].rows.audio(task.clips[n].number, rate)
+        except AudioError as e:
+            failed.append(str(e))
+            return []
+        size = round(task.spec.crop * rate) or len(audio)
+        crops = audio.split(size)[: max(1, len(audio) // size)]
+        return [(n, k, crop) for k, crop in enumerate(crops)]
+
+    order = sorted(range(len(seconds)), key=seconds.__getitem__)
+    with ThreadPoolExecutor(4) as pool:
+        ready = []
+        for numbers in data.cut(order, sorted(seconds), 1800):
+            ahead = pool.map(read, numbers)
+            yield sum(ready, [])
+            ready = ahead
+        yield sum(ready, [])
+
+
+def extract(encoder, task, s, say):
+    """Features of a task's clips. Over 1 % that cannot be read, or NaN, is a ValueError."""
+    def cost(seconds):
+        return math.ceil(seconds / 30) * 30 if s.context == "30s" else seconds
+
+    # 0.1: even the shortest clip takes its time.
+    seconds = [0.1 + float(c.rows.seconds[c.number]) for c in task.clips]
+    rate, found, failed = encoder.sample_rate, {}, []
+    done, total, began, said = 0, sum(map(cost, seconds)), time.time(), time.time()
+    for pieces in _read_ahead(task, seconds, rate, failed):
+        pieces.sort(key=lambda piece: len(piece[2]))
+        costs = [cost(len(audio) / rate) for _, _, audio in pieces]
+        for batch in data.cut(pieces, costs, s.batch_seconds):
+            encoded = _encode(encoder, [audio for _, _, audio in batch], task.frames, s)
+            for (n, k, _), x in zip(batch, encoded):
+                if not x.isfinite().all():
+                    name = task.clips[n].rows.name(task.clips[n].number)
+                    raise ValueError(f"{name}: its features are not finite; "
+                                     "try --precision fp32, or check the weights")
+                found[n, k] = x
+                done += 0 if k else cost(seconds[n])
+            if time.time() - said > 10:
+                said = time.time()
+                left = (total - done) / max(1, done) * (said - began)
+                say(f"{task.name}: {done / total:.0%} encoded, {left:.0f} s left")
+    require(len(failed) <= 0.01 * len(task.clips), f"{task.name}: {len(failed)} of "
+            f"{len(task.clips)} clips cannot be read, over 1 %: {min(failed, default='')}")
+    return Features(*_join(found), sorted(failed))
+
+
+def fingerprint(encoder):
     """Hash of an encoder's configuration and weights, and of the code that makes features."""
     h = hashlib.blake2b(json.dumps(encoder.config, sort_keys=True).encode())
     for name, tensor in sorted(encoder.state_dict().items()):
         h.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         h.update(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
-    for code in (uniwhisper, data, _decoded, _encode, extract):
+    for code in (uniwhisper, data, _encode, _read_ahead, extract):
         h.update(inspect.getsource(code).encode())
     return h.hexdigest()
 
 
-def _decoded(clips: list[Clip], seconds: list[float], crop: float):
-    """Lists of (clip, piece, samples or AudioError), half an hour each, short clips first, decoded one list ahead."""
-    def read(n):
-        try:
-            audio = clips[n].rows.audio(clips[n].number)
-        except AudioError as e:
-            return [(n, 0, e)]
-        size = round(crop * SAMPLE_RATE) or len(audio)
-        return [(n, k, audio[k * size : (k + 1) * size]) for k in range(max(1, len(audio) // size))]
-
-    order, ahead = sorted(range(len(clips)), key=lambda n: seconds[n]), []
-    with ThreadPoolExecutor(4) as pool:
-        for numbers in data.cut(order, sorted(seconds), 1800) + [[]]:
-            now, ahead = ahead, [pool.submit(read, n) for n in numbers]
-            yield [piece for job in now for piece in job.result()]
+def _stamp(clip):
+    """What changes when a clip does: its file, its place in a tar, the file's size and time."""
+    where = clip.rows.table[clip.number]
+    file, at = clip.rows.paths[where["file"]], int(where["audio_at"])
+    if at < 0:
+        file = os.path.join(os.path.dirname(file), clip.rows[clip.number]["audio"])
+    stat = os.stat(file) if os.path.exists(file) else None
+    return [os.path.abspath(file), at, stat and stat.st_size, stat and stat.st_mtime_ns]
 
 
-def _encode(encoder, pieces: list[torch.Tensor], frames: bool, s) -> list[torch.Tensor]:
-    """Features of each piece of a batch: (1, D) pooled over its real tokens, or with `frames` these (T, D) in half."""
-    device, samples = next(encoder.parameters()).device, torch.tensor([len(p) for p in pieces])
-    lengths = encoder_lengths(samples)  # (B,)
-    if s.context == "30s":  # as Whisper was trained: silence to the window's end is seen, but not averaged
-        samples = -(-samples // WINDOW) * WINDOW
-    audio = nn.utils.rnn.pad_sequence(pieces, batch_first=True)
-    amp = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(s.precision)
-    with torch.inference_mode(), torch.autocast(device.type, amp, enabled=amp is not None):
-        x = encoder.encode(audio.to(device), samples, s.layer)[0][:, : int(lengths.max())].float()  # (B, T, D)
-    if frames:
-        return [tokens[:n].half().cpu() for tokens, n in zip(x, lengths)]
-    real, n = (torch.arange(x.shape[1]) < lengths[:, None])[..., None].to(device), lengths[:, None].to(device)
-    mean = (x * real).sum(1) / n
-    if s.pool == "mean+std":
-        mean = torch.cat([mean, (((x - mean[:, None]) * real).square().sum(1) / n).sqrt()], 1)
-    return list(mean[:, None].cpu())
-
-
-def extract(encoder, task: Task, s, say):
-    """x (N, D), clip (N,) ascending, and a message for each unreadable clip; over 1 % of these, or NaN, is an error."""
-    parts, failed, began, said = [{} for _ in task.clips], [], time.time(), time.time()
-    seconds = [0.1 + float(c.rows.seconds[c.number]) for c in task.clips]  # 0.1: even the shortest clip takes its time
-    cost = lambda t: -(-t // 30) * 30 if s.context == "30s" else t  # seconds that are encoded: silence, too
-    work = [cost(t) for t in seconds]
-    for pieces in _decoded(task.clips, seconds, task.spec.crop):
-        failed += [str(audio) for _, _, audio in pieces if isinstance(audio, AudioError)]
-        pieces = sorted((p for p in pieces if not isinstance(p[2], AudioError)), key=lambda p: len(p[2]))
-        for batch in data.cut(pieces, [cost(len(p[2]) / SAMPLE_RATE) for p in pieces], s.batch_seconds):
-            for (n, k, _), features in zip(batch, _encode(encoder, [audio for _, _, audio in batch], task.frames, s)):
-                if not features.isfinite().all():
-                    name = task.clips[n].rows.name(task.clips[n].number)
-                    raise ValueError(f"{name}: its features are not finite; try --precision fp32, or check the weights")
-                parts[n][k] = features
-            if time.time() - said > 10:
-                said, done = time.time(), sum(t for t, p in zip(work, parts) if p)
-                share, speed = done / sum(work), done / (said - began)
-                say(f"{task.name}: {share:.0%} encoded, {speed:.0f} x real time, "
-                    f"{(sum(work) - done) / speed:.0f} s left")
-    if len(failed) > 0.01 * len(task.clips):
-        raise ValueError(f"{task.name}: {len(failed)} of {len(task.clips)} clips cannot be read, over 1 %: {failed[0]}")
-    clip = torch.cat([torch.full((len(p[k]),), n) for n, p in enumerate(parts) for k in sorted(p)])
-    x, at = features.new_empty(len(clip), features.shape[1]), 0
-    # Each is freed once it is copied: frame tasks are large.
-    for features in (p.pop(k) for p in parts for k in sorted(p)):
-        x[at : at + len(features)] = features
-        at += len(features)
-    return x, clip, failed
-
-
-def cached_features(encoder, mark: str, task: Task, s, say):
-    """`extract`, kept on disk under a hash of all that its result depends on; mark: the encoder's fingerprint."""
-    key = [mark, s.context, s.layer, None if task.frames else s.pool, s.precision, s.device, task.spec.crop,
-           task.frames, [_stamp(c) for c in task.clips]]
+def cached_features(encoder, mark, task, s, say):
+    """`extract`, kept on disk under a hash of all that it depends on; mark: a fingerprint."""
+    key = [mark, s.context, s.pool, s.precision, s.device, task.spec.crop, task.frames]
+    key += map(_stamp, task.clips)
     digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()
     path = Path(s.cache, re.sub(r"[^\w.-]", "_", task.name) + f"-{digest}.safetensors")
-    if path.exists():
-        try:
-            with safe_open(path, "pt") as f:
-                return f.get_tensor("x"), f.get_tensor("clip"), json.loads(f.metadata()["failed"])
-        except SafetensorError as e:
-            say(f"note: {path} is damaged ({e}): encoding again")
+    try:
+        with safe_open(path, "pt") as f:
+            failed = json.loads(f.metadata()["failed"])
+            return Features(f.get_tensor("x"), f.get_tensor("clip"), failed)
+    except (OSError, SafetensorError):
+        pass  # not there, or damaged
     x, clip, failed = extract(encoder, task, s, say)
     new = Path(f"{path}.{os.getpid()}")
     try:
@@ -649,139 +765,158 @@ def cached_features(encoder, mark: str, task: Task, s, say):
         save_file({"x": x, "clip": clip}, new, {"failed": json.dumps(failed)})
         new.replace(path)
     except (OSError, SafetensorError) as e:  # no reason to lose hours of work
-        if new.is_file():
-            new.unlink()
         say(f"note: {path}: features are not kept: {e}")
-    return x, clip, failed
+    return Features(x, clip, failed)
 
 
 # ---------------------------------------------------------------- scores
 
-def score(task: Task, x, clip, s, encoder=None) -> dict:
-    """kNN and probe scores of a task on features x (N, D) of its clips (N,); encoder: its folder, for transcription."""
-    spec, x, plans = task.spec, x.to(s.device), rotations(task, clip)
-    epochs, classes = s.epochs or spec.epochs, len(task.classes)
-    out = {"domain": spec.domain, "metric": spec.metric, "classes": classes, "knn": None}
-    for plan in plans:
-        for part, rows in zip(("neighbours", "train", "valid", "test"), plan):
-            if not len(rows):
-                raise ValueError(f"{task.name}: no readable clip is left in {part}; it needs more clips")
-            if spec.metric == "1 - EER" and len({task.clips[n].label for n in clip[rows].unique()}) < 2:
-                raise ValueError(f"{task.name}: only one class is left in {part}; 1 - EER needs both")
-    _, *parts = plans[0]
-    out["test"] = sum(len(clip[test].unique()) for *_, test in plans) // len(plans)  # clips, of one fold
+def measure_of(task, truth, clip, token_seconds):
+    """measure(scores, items) -> float, the task's metric for some of its vectors."""
+    def measure(scores, items):
+        if not task.frames:
+            return CLIP_METRICS[task.spec.metric](scores, truth[items])
+        segments = FRAME_METRICS[task.spec.metric]
+        return segments(scores, truth[items], clip[items], token_seconds=token_seconds)
+
+    return measure
+
+
+def score(task, features, s, encoder, decoder=None):
+    """What --json holds of a task: its scores and what they are of."""
+    spec = replace(task.spec, epochs=s.epochs or task.spec.epochs)
+    x, clip = features.x.to(s.device), features.clip.to(s.device)
+    turns, seeds, near = rotations(task, clip), range(s.seeds), None
+    test = sum(len(clip[parts.test].unique()) for parts in turns) // len(turns)  # clips
     if spec.metric == "recall@1":
-        texts = [task.clips[n].label for n in clip]
-        values = torch.tensor([score_retrieval(x, texts, parts, epochs, spec.batch, seed) for seed in range(s.seeds)])
+        captions = [task.clips[n].label for n in clip.tolist()]
+        score_once = partial(score_retrieval, x, captions, spec)
     elif spec.metric == "1 - WER":
-        texts, parts = [c.label for c in task.clips], [clip[rows].unique() for rows in parts]
-        values = torch.tensor([score_transcription(x, clip, texts, parts, encoder, s.decoder, epochs, spec.batch)])
+        readable, sizes = clip.unique_consecutive(return_counts=True)
+        turns, seeds = rotations(task, readable), [0]
+        texts = [task.clips[n].label for n in readable.tolist()]
+        tokens = x.split(sizes.tolist())
+        score_once = partial(score_transcription, tokens, texts, spec, encoder, decoder)
     else:
-        y, clip = targets(task, clip).to(s.device), clip.to(s.device)
-        plans = [[rows.to(s.device) for rows in plan] for plan in plans]
-        measure = lambda scores, rows: METRICS[spec.metric](scores, y[rows], clip[rows])
+        truth = targets(task, features.clip, encoder.token_seconds).to(s.device)
+        measure = measure_of(task, truth, clip, encoder.token_seconds)
         if spec.knn:
-            votes = [measure(knn(x, y, near, test, classes), test) for near, _, _, test in plans]
-            out["knn"] = sum(votes) / len(votes)
-        runs = [(train, valid, seed) for _, train, valid, _ in plans for seed in range(s.seeds)]
-        batch = spec.batch * (500 if task.frames else 1)  # as many tokens as so many 10 s clips have
-        probes, out["epochs"] = fit_probes(x, y, runs, measure, classes, s.hidden, epochs, batch,
-                                           positive_weight=spec.positive_weight)
-        tests = [test for *_, test in plans for _ in range(s.seeds)]
-        values = torch.tensor([measure(predict(p, x, test), test) for p, test in zip(probes, tests)])
-        values = values.view(len(plans), s.seeds).mean(0)
-    out |= {"mlp": values.mean().item(), "weight": spec.weight or out["test"]}
-    return out | ({"mlp_std": values.std().item()} if len(values) > 1 else {})
+            votes = [measure(knn(x, truth, p.neighbours, p.test), p.test) for p in turns]
+            near = sum(votes) / len(votes)
+        if task.frames:
+            spec = replace(spec, batch=500 * spec.batch)
+        size = x.shape[1], s.hidden, len(task.classes)
+        score_once = partial(score_probe, x, truth, measure, spec, size)
+    runs = [score_once(parts, seed) for parts in turns for seed in seeds]
+    values = torch.tensor([value for value, _ in runs]).view(len(turns), -1).mean(0)  # (seeds,)
+    out = dict(domain=spec.domain, metric=spec.metric, classes=len(task.classes), test=test,
+               weight=spec.weight or test, knn=near, mlp=values.mean().item(),
+               epochs=[epoch for _, epoch in runs])
+    if len(values) > 1:
+        out["mlp_std"] = values.std().item()
+    return out
 
 
 @torch.no_grad()
-def knn_scores(encoder, tasks: list[Task], train_clips=300, test_clips=200, **settings) -> dict[str, float]:
-    """{task: kNN score} of an encoder in training: cheap, for it looks at few clips a task, always the same.
+def knn_scores(encoder, tasks, train_clips=300, test_clips=200, **settings):
+    """{task: kNN score} of an encoder in training, on few clips a task, always the same.
 
-    Class and tagging tasks are scored on valid (what a run is watched by should not be test), where a task has none on
-    what `check` held out of train, or on the last fold; a task of 1 - EER is left out where these few clips are of one
-    class. settings: Settings' names, e.g. context="30s". Raises ValueError.
+    Not on test: on valid, what `check` held out of train, or the last fold. settings: such as
+    device, see Settings. Raises ValueError.
     """
     s, training, scores = Settings(**settings), encoder.training, {}
     encoder.eval()
     try:
         for task in tasks:
-            draw = torch.randperm(len(task.clips), generator=torch.Generator().manual_seed(0)).tolist()
-            clips = [task.clips[n] for n in draw]
-            part = {"valid", "held out", max((c.split for c in clips if isinstance(c.split, int)), default=None)}
-            near = [c for c in clips if c.split not in part | {"test"}][:train_clips]
-            far = [c for c in clips if c.split in part][:test_clips]
-            one = task.spec.metric == "1 - EER" and len({c.label for c in far}) < 2  # of so few clips
-            if not task.spec.knn or not near or not far or one:
-                continue
-            few = Task(task.name, task.spec, near + far)
-            x, clip, _ = extract(encoder, few, s, say=lambda text: None)
-            y, test = targets(few, clip), (clip >= len(near)).nonzero()[:, 0]
-            votes = knn(x, y, (clip < len(near)).nonzero()[:, 0], test, len(few.classes))
-            scores[task.name] = METRICS[task.spec.metric](votes, y[test], clip[test])
+            order = torch.randperm(len(task.clips), generator=torch.Generator().manual_seed(0))
+            clips = [task.clips[n] for n in order.tolist()]
+            held = {"valid", "held out", *task.folds[-1:]}
+            near = [c for c in clips if c.split not in held | {"test"}][:train_clips]
+            far = [c for c in clips if c.split in held][:test_clips]
+            alone = task.spec.metric == "1 - EER" and len(classes_of(far)) < 2
+            if task.spec.knn and near and far and not alone:
+                few = Task(task.name, task.spec, near + far)
+                x, clip, _ = extract(encoder, few, s, lambda text: None)
+                train = (clip < len(near)).nonzero()[:, 0]
+                test, truth = torch.arange(len(train), len(clip)), targets(few, clip)
+                votes = knn(x, truth, train, test)
+                scores[task.name] = CLIP_METRICS[task.spec.metric](votes, truth[test])
     finally:
         encoder.train(training)
     return scores
 
 
-def averages(scores: dict) -> dict:
-    """{task: scores} -> {domain or "all": {"knn", "mlp": by the tasks' weights, "knn_plain", "mlp_plain": not}}."""
+def averages(scores):
+    """{task: scores} -> {domain or "all": means of kNN and MLP, by weight and plain}."""
     out = {}
     for domain in [*dict.fromkeys(r["domain"] for r in scores.values()), "all"]:
         out[domain] = {}
         for key in ("knn", "mlp"):
-            mine = [(r[key], r["weight"]) for r in scores.values()
-                    if domain in (r["domain"], "all") and r[key] is not None]
-            out[domain][key] = sum(v * w for v, w in mine) / sum(w for _, w in mine) if mine else None
-            out[domain][key + "_plain"] = sum(v for v, _ in mine) / len(mine) if mine else None
+            values, weights = [], []
+            for r in scores.values():
+                if domain in (r["domain"], "all") and r[key] is not None:
+                    values.append(r[key])
+                    weights.append(r["weight"])
+            total = sum(v * w for v, w in zip(values, weights))
+            out[domain][key] = total / sum(weights) if values else None
+            out[domain][key + "_plain"] = sum(values) / len(values) if values else None
     return out
 
 
-def _names(encoders) -> list[str]:
+def short_names(folders):
     """Folders without the leading parts that all share."""
-    parts = [Path(e).parts for e in encoders]
-    same = min(len(os.path.commonprefix(parts)), min(map(len, parts)) - 1)
-    return ["/".join(p[same:]) for p in parts]
+    folders = list(map(os.path.abspath, folders))
+    shared = os.path.commonpath(list(map(os.path.dirname, folders)))
+    return [os.path.relpath(folder, shared) for folder in folders]
 
 
-def table(results: dict) -> str:
-    """{encoder: {task: scores}} -> a line per task and average; later encoders with their difference to the first."""
-    def cells(scores, key):
+def _line(head, scores, width, plain=""):
+    """A line of the table; later encoders with their difference to the first."""
+    line = "{:22} {:12} {:17}{:>6}".format(*head)
+    for key in ("knn", "mlp"):
         for r in scores:
-            if r[key] is None:
-                yield "-"
-                continue
-            spread = f" ±{r['mlp_std']:.3f}" if key == "mlp" and "mlp_std" in r else ""
-            yield f"{r[key]:.3f}{spread}" + (f" {r[key] - scores[0][key]:+.3f}" if r is not scores[0] else "")
+            value = r[key + plain]
+            cell = "-" if value is None else f"{value:.3f}"
+            if key == "mlp" and "mlp_std" in r:
+                cell += f" ±{r['mlp_std']:.3f}"
+            if r is not scores[0] and value is not None:
+                cell += f" {value - scores[0][key + plain]:+.3f}"
+            line += f"{cell:>{width}}"
+    return line
 
-    first, means = next(iter(results.values())), [averages(r) for r in results.values()]
-    lines = [["task", "domain", "metric", "test", *(f"{k} {n}" for k in ("kNN", "MLP") for n in _names(results))]]
+
+def table(results):
+    """{encoder: {task: scores}} -> text with a line for each task and average."""
+    first, names = next(iter(results.values())), short_names(results)
+    width = max(22, *(len(name) + 6 for name in names))
+    heads = [f"{kind} {name}".rjust(width) for kind in ("kNN", "MLP") for name in names]
+    lines = ["{:22} {:12} {:17}{:>6}".format("task", "domain", "metric", "test") + "".join(heads)]
     for name, r in first.items():
-        scores = [of[name] for of in results.values()]
-        lines.append([name, r["domain"], r["metric"], str(r["test"]), *cells(scores, "knn"), *cells(scores, "mlp")])
-    for name, plain in [*((d, "") for d in means[0]), ("all", "_plain")]:
-        scores, size = [m[name] for m in means], sum(r["test"] for r in first.values() if name in (r["domain"], "all"))
-        kind = "plain mean" if plain else "weighted"
-        lines.append([f"= {name}", "", kind, str(size), *cells(scores, "knn" + plain), *cells(scores, "mlp" + plain)])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    align = lambda i, cell: cell.rjust(widths[i]) if i > 2 else cell.ljust(widths[i])
-    lines = ["  ".join(align(i, cell) for i, cell in enumerate(line)) for line in lines]
-    return "\n".join(lines + [f"{source}: kNN {near}, MLP {mlp} (weighted, the same tasks)"
-                              for source, tasks, near, mlp in REFERENCES if tasks == set(first)])
+        head = name, r["domain"], r["metric"], r["test"]
+        lines.append(_line(head, [scores[name] for scores in results.values()], width))
+    means = list(map(averages, results.values()))
+    for domain in means[0]:
+        tested = sum(r["test"] for r in first.values() if domain in (r["domain"], "all"))
+        scores = [mean[domain] for mean in means]
+        lines.append(_line(("= " + domain, "", "weighted", tested), scores, width))
+    lines.append(_line(("= all", "", "plain mean", tested), scores, width, "_plain"))
+    for source, tasks, near, mlp in REFERENCES:
+        if tasks == set(first):
+            lines.append(f"{source}: kNN {near}, MLP {mlp} (weighted, the same tasks)")
+    return "\n".join(lines)
 
 
-def plot(results: dict, path) -> None:
-    """Bars per task and encoder, kNN above MLP."""
-    import matplotlib
-    matplotlib.use("agg")
-    from matplotlib import pyplot
+def plot(results, path):
+    """Bars for each task and encoder, kNN above MLP."""
+    from matplotlib.figure import Figure
 
-    names, tasks = _names(results), list(next(iter(results.values())))
-    figure, axes = pyplot.subplots(2, figsize=(2 + 0.4 * len(tasks) * (1 + len(names)), 7), sharex=True)
+    tasks, width = list(next(iter(results.values()))), 0.8 / len(results)
+    figure = Figure(figsize=(2 + 0.4 * len(tasks) * (1 + len(results)), 7))
+    axes = figure.subplots(2, sharex=True)
     for axis, key, title in zip(axes, ("knn", "mlp"), ("kNN", "MLP")):
-        for e, (name, scores) in enumerate(zip(names, results.values())):
-            places = [t + 0.8 * (e + 0.5) / len(names) - 0.4 for t in range(len(tasks))]
-            axis.bar(places, [scores[t][key] or 0 for t in tasks], 0.8 / len(names), label=name)
+        for e, (name, scores) in enumerate(zip(short_names(results), results.values())):
+            places = [t + width * (e + 0.5) - 0.4 for t in range(len(tasks))]
+            axis.bar(places, [scores[t][key] or 0 for t in tasks], width, label=name)
         axis.set(ylabel=title, ylim=(0, 1))
     axes[0].legend(frameon=False)
     axes[1].set_xticks(range(len(tasks)), tasks, rotation=45, ha="right")
@@ -790,120 +925,134 @@ def plot(results: dict, path) -> None:
 
 # ---------------------------------------------------------------- command line
 
-def _flag(default, help, **more):
-    return field(default=default, metadata={"help": help} | ({"nargs": "+"} if default == () else {}) | more)
-
-
 @dataclass(frozen=True)
 class Settings:
-    encoder: tuple = _flag((), "Whisper folders, or OUT/encoder of runs; compared with the first", required=True)
-    data: tuple = _flag((), "manifests and tars as data.py reads them; globs work")
-    xares: str = _flag(None, "folder of X-ARES downloads: XARES/esc50/*.tar, ...")
-    tasks: tuple = _flag((), "score these tasks only")
-    decoder: str = _flag(None, "Qwen folder for transcription tasks; without it they are left out")
-    context: str = _flag("clip", "encode clips as long as they are, or padded to 30 s, as Whisper was trained",
-                         choices=["clip", "30s"])
-    layer: int = _flag(None, "take the hidden state after this many layers (default: the last, normalised)", type=int)
-    pool: str = _flag("mean", "over the clip's real tokens (frame tasks are not pooled)", choices=["mean", "mean+std"])
-    precision: str = _flag("fp32", "of the encoder", choices=["fp32", "bf16", "fp16"])
-    batch_seconds: float = _flag(40.0, "audio in an encoder batch; more suits a GPU", type=float)
-    device: str = _flag("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, ...")
+    encoder: tuple[str, ...] = flag((), "encoder folders, compared with the first", required=True)
+    data: tuple[str, ...] = flag((), "manifests and tars")
+    xares: str = flag("", "folder of X-ARES downloads: XARES/esc50/*.tar, ...")
+    tasks: tuple[str, ...] = flag((), "score these tasks only")
+    decoder: str = flag("", "Qwen folder, for transcription (else left out)")
+    context: str = flag("clip", "encode clips at their length, or padded to 30 s as in Whisper",
+                        choices=("clip", "30s"))
+    layer: int | None = flag(None, "features after this layer (default: all)")
+    pool: str = flag("mean", "over a clip's tokens", choices=("mean", "mean+std"))
+    precision: str = flag("fp32", "of the encoder", choices=tuple(PRECISIONS))
+    batch_seconds: float = flag(40.0, "audio in an encoder batch; more suits a GPU")
+    device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1, ...")
     # assumption: the paper says "MLP" and gives neither width nor activation
-    hidden: int = _flag(256, "width of the probe's hidden layer; 0: linear, as X-ARES probes", type=int)
-    epochs: int = _flag(None, "of the probe (default: X-ARES's own for its tasks, 30 for others)", type=int)
-    seeds: int = _flag(3, "probes per task, for mean and spread (transcription: one)", type=int)
-    cache: str = _flag(str(Path.home() / ".cache" / "uniwhisper"), "folder where features are kept")
-    json: str = _flag(None, "write settings and scores there")
-    plot: str = _flag(None, "draw the scores there (needs matplotlib)")
+    hidden: int = flag(256, "width of the probe's hidden layer; 0: linear, as in X-ARES")
+    epochs: int = flag(0, "of the probe (0: X-ARES's own, or else 30)")
+    seeds: int = flag(3, "probes of a task, for mean and spread")
+    cache: str = flag(str(Path.home() / ".cache" / "uniwhisper"), "folder of kept features")
+    json: str = flag("", "write settings and scores there")
+    plot: str = flag("", "draw the scores there (needs matplotlib)")
 
 
-def parse_settings(argv=None) -> Settings:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for f in fields(Settings):
-        shown = {} if f.default in (None, ()) else {"help": f"{f.metadata['help']} ({f.default})"}
-        p.add_argument("--" + f.name.replace("_", "-"), default=f.default, **f.metadata | shown)
-    return Settings(**vars(p.parse_args(argv)))
-
-
-def find_tasks(s: Settings, say) -> list[Task]:
-    """The tasks to score, checked."""
-    if s.xares and not Path(s.xares).is_dir():
-        raise ValueError(f"--xares {s.xares}: no such folder")
-    own = {t.name: t for t in manifest_tasks(Rows(s.data))} if s.data else {}
-    public = [n for n in XARES if s.xares and Path(s.xares, n).is_dir()]
-    if both := sorted(own.keys() & set(public)):
-        raise ValueError(f"{', '.join(both)}: in --data and in --xares; rename the manifest's task")
-    here = list(own) + public
-    if unknown := set(s.tasks) - set(here):
-        raise ValueError(f"--tasks {' '.join(sorted(unknown))}: not there; found: {', '.join(here) or 'none'}")
-    tasks = []
-    for name in s.tasks or here:
-        if (own[name].spec if name in own else XARES[name]).metric == "1 - WER" and not s.decoder:
-            say(f"note: {name} is left out: transcription needs --decoder")
-            continue
-        task = own[name] if name in own else xares_task(s.xares, name)
-        check(task, say)
-        tasks.append(task)
-    if not tasks:
-        raise ValueError("no task to score; give --data or --xares")
-    return tasks
-
-
-def run(s: Settings, say) -> dict:
-    """{encoder: {task: scores}}."""
-    for folder in s.encoder:  # a bad one is found before hours of work on the others
-        encoder = WhisperEncoder.from_pretrained(folder)
-        if s.layer is not None and not 0 <= s.layer <= len(encoder.layers):
-            raise ValueError(f"--layer is {s.layer}; {folder} has layers 0 to {len(encoder.layers)}")
-    if s.decoder:
-        uniwhisper.read_config(s.decoder, ("qwen2", "qwen3"))
-        uniwhisper.ChatTokenizer.from_pretrained(s.decoder)
-    tasks, results, threads = find_tasks(s, say), {}, torch.get_num_threads()
-    for folder in s.encoder:
-        encoder = WhisperEncoder.from_pretrained(folder).to(s.device).eval()
-        mark, results[folder] = fingerprint(encoder), {}
-        for task in tasks:
-            x, clip, failed = cached_features(encoder, mark, task, s, say)
-            for message in failed:
-                say(f"note: {task.name}: a clip is left out: {message}")
-            torch.set_num_threads(threads if task.frames else 1)  # a clip probe is too small to share among cores
-            r = results[folder][task.name] = score(task, x, clip, s, folder) | {"unreadable": len(failed)}
-            torch.set_num_threads(threads)
-            say(f"{folder}: {task.name}: " + ", ".join(f"{k} {r[k]:.3f}" for k in ("knn", "mlp") if r[k] is not None))
-    return results
-
-
-def check_flags(s: Settings) -> None:
-    """Raises ValueError for what would fail only after the work is done."""
-    if s.seeds < 1 or s.hidden < 0 or not 0 < s.batch_seconds < math.inf or s.epochs is not None and s.epochs < 1:
-        raise ValueError("--seeds, --epochs and --batch-seconds must be positive, --hidden 0 or more")
-    if s.plot and find_spec("matplotlib") is None:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib")
+def check_flags(s):
+    """Refuse what would fail only after the work is done."""
+    require(s.seeds > 0 and 0 < s.batch_seconds < math.inf,
+            "--seeds and --batch-seconds must be positive")
+    require(s.hidden >= 0 and s.epochs >= 0, "--hidden and --epochs must be 0 or more")
     for path in filter(None, (s.json, s.plot)):
-        if Path(path).is_dir() or not Path(path).absolute().parent.is_dir():
-            raise ValueError(f"{path}: " + ("is a folder" if Path(path).is_dir() else "its folder does not exist"))
+        require(not Path(path).is_dir(), f"{path}: is a folder; name a file in it")
+        require(Path(path).absolute().parent.is_dir(), f"{path}: its folder does not exist")
+    if s.plot:
+        require(find_spec("matplotlib"), "--plot needs matplotlib: pip install matplotlib")
+        from matplotlib.backend_bases import FigureCanvasBase
+
+        formats = FigureCanvasBase.get_supported_filetypes()
+        require(Path(s.plot).suffix[1:].lower() in formats,
+                f"--plot {s.plot}: its name must end in .{', .'.join(sorted(formats))}")
     try:
         torch.empty(0, device=s.device)
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"--device {s.device}: {str(e).splitlines()[0]}") from None
 
 
+def open_encoder(folder, layer):
+    encoder = load_encoder(folder).eval()
+    if layer is not None:
+        try:
+            encoder.keep_layers(layer)
+        except ValueError as e:
+            raise ValueError(f"{folder}: --{e}") from None
+    return encoder
+
+
+def find_tasks(s, say):
+    """The tasks to score, checked."""
+    own = {task.name: task for task in manifest_tasks(Rows(s.data))} if s.data else {}
+    names = list(own)
+    if s.xares:
+        require(Path(s.xares).is_dir(), f"--xares {s.xares}: no such folder")
+        inside = sorted(os.listdir(s.xares))
+        public = [name for name in XARES if name in inside]
+        require(public, f"--xares {s.xares}: has no folder {', '.join(XARES)}; it has "
+                + (", ".join(inside[:5]) or "nothing"))
+        both = ", ".join(sorted(own.keys() & set(public)))
+        require(not both, f"{both}: in --data and in --xares; rename the manifest's task")
+        names += public
+    unknown = " ".join(sorted(set(s.tasks).difference(names)))
+    require(not unknown, f"--tasks {unknown}: not there; found: {', '.join(names) or 'none'}")
+    tasks = []
+    for name in s.tasks or names:
+        metric = own[name].spec.metric if name in own else XARES[name].metric
+        if metric == "1 - WER" and not s.decoder:
+            say(f"note: {name} is left out: transcription needs --decoder")
+            continue
+        tasks.append(own[name] if name in own else xares_task(s.xares, name))
+        check(tasks[-1], say)
+    require(tasks, "no task to score; give --data or --xares")
+    return tasks
+
+
+def run(s, say):
+    """{encoder: {task: scores}}."""
+    torch.backends.cuda.enable_cudnn_sdp(False)  # it plans anew for every shape
+    for folder in s.encoder:  # a bad one is found before hours of work
+        open_encoder(folder, s.layer)
+    dtype = torch.bfloat16 if s.device.startswith("cuda") else torch.float32
+    decoder = load_decoder(s.decoder, dtype).to(s.device) if s.decoder else None
+    tasks, results, threads = find_tasks(s, say), {}, torch.get_num_threads()
+    for folder in s.encoder:
+        encoder = open_encoder(folder, s.layer).to(s.device)
+        mark, results[folder] = fingerprint(encoder), {}
+        for task in tasks:
+            features = cached_features(encoder, mark, task, s, say)
+            for message in features.failed:
+                say(f"note: {task.name}: a clip is left out: {message}")
+            # A probe on clips is too small for several threads.
+            torch.set_num_threads(threads if task.frames else 1)
+            r = score(task, features, s, encoder, decoder)
+            torch.set_num_threads(threads)
+            results[folder][task.name] = r | {"unreadable": len(features.failed)}
+            near = "" if r["knn"] is None else f"knn {r['knn']:.3f}, "
+            say(f"{folder}: {task.name}: {near}mlp {r['mlp']:.3f}")
+    return results
+
+
 def main():
-    """Scores to stdout, all else to stderr; what a user can cause ends in one line and exit code 1."""
-    s = parse_settings()
+    """Scores to stdout, all else to stderr; a user's mistake ends in one line."""
+    s = Settings(**parse_flags(Settings, __doc__))
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # for names that are not UTF-8
     try:
         check_flags(s)
-        results = run(s, say=lambda text: print(text, file=sys.stderr, flush=True))
-        print(table(results))
+        results = run(s, say=partial(print, file=sys.stderr, flush=True))
         if s.json:
             encoders = {e: {"tasks": r, "averages": averages(r)} for e, r in results.items()}
-            Path(s.json).write_text(json.dumps({"settings": asdict(s), "encoders": encoders}, indent=1) + "\n")
+            text = json.dumps({"settings": asdict(s), "encoders": encoders}, indent=1)
+            Path(s.json).write_text(text + "\n")
+        print(table(results))
         if s.plot:
             plot(results, s.plot)
     except (OSError, ValueError) as e:
         sys.exit(f"error: {e}")
     except torch.OutOfMemoryError as e:  # of a GPU
-        sys.exit(f"error: {str(e).splitlines()[0]} Lower --batch-seconds, or probe on --device cpu")
+        line = str(e).splitlines()[0]
+        sys.exit(f"error: {line} Lower --batch-seconds, or probe on --device cpu")
+    except KeyboardInterrupt:
+        sys.exit("error: interrupted; the features of finished tasks are kept")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def peer(x, y, parts, classes, seeds):
     from xares.trainer import KNNTrainer, Trainer
 
     logger.remove()
-    near, train, valid, test = parts
+    train, valid, test, near = parts
     began = clock()
     score = KNNTrainer(num_classes=classes).train_and_eval(Loader(x, y, near, True), Loader(x, y, test, False))
     times, scores = [clock() - began], []
@@ -61,12 +61,13 @@ def peer(x, y, parts, classes, seeds):
     return score, times[0], scores, times[1:]
 
 
-def ours(task, x, clip, seeds):
+def ours(task, features, encoder, seeds):
     """(scores, seconds) by probe.py."""
     threads = torch.get_num_threads()
     began = clock()
     torch.set_num_threads(1)  # as probe.run does
-    result = probe.score(task, x, clip, probe.Settings(hidden=0, epochs=EPOCHS, seeds=seeds, device="cpu"))
+    s = probe.Settings(hidden=0, epochs=EPOCHS, seeds=seeds, device="cpu")
+    result = probe.score(task, features, s, encoder)
     torch.set_num_threads(threads)
     return result, clock() - began
 
@@ -85,18 +86,19 @@ def main():
     clock = time.process_time if args.cpu_time else time.perf_counter
     torch.set_num_threads(args.threads)
     s = probe.Settings(encoder=[args.encoder], data=args.data, cache=args.cache, device="cpu")
-    encoder = probe.WhisperEncoder.from_pretrained(args.encoder).eval()
+    encoder = probe.open_encoder(args.encoder, None)
     mark, total = probe.fingerprint(encoder), torch.zeros(4, dtype=torch.float64)
     print(f"{'task':14s} {'kNN ours':>8s} {'X-ARES':>7s} {'linear ours':>12s} {'X-ARES':>7s}"
           f" | seconds: 1 seed  X-ARES  ratio | {args.seeds} seeds  X-ARES  ratio")
     for task in probe.find_tasks(s, print):
-        x, clip, _ = probe.cached_features(encoder, mark, task, s, print)
+        features = probe.cached_features(encoder, mark, task, s, print)
+        x, clip, _ = features
         parts, *others = probe.rotations(task, clip)
         if others or task.spec.metric != "accuracy":
             print(f"{task.name}: left out (folds, or another metric than accuracy)")
             continue
-        one, first = ours(task, x, clip, 1)
-        several, second = ours(task, x, clip, args.seeds)
+        one, first = ours(task, features, encoder, 1)
+        several, second = ours(task, features, encoder, args.seeds)
         y = probe.targets(task, clip)
         with open(os.devnull, "w") as null, contextlib.redirect_stderr(null):
             near, near_time, linear, linear_times = peer(x, y, parts, len(task.classes), args.seeds)

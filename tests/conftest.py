@@ -8,7 +8,7 @@ import pytest
 import soundfile as sf
 import torch
 
-from uniwhisper import UniWhisper
+from uniwhisper import UniWhisper, load_decoder, load_encoder, new_adapter
 
 RATE = 16_000
 VOCABULARY = 521  # a prime: no other dimension of the tiny models is a multiple of it
@@ -125,8 +125,14 @@ def qwen(tmp_path_factory):
     return folder, make_qwen(folder)
 
 
+def joint_model(encoder, decoder, stack: int = 4, dtype: torch.dtype = torch.float32) -> UniWhisper:
+    """A joint model of two folders, with a new adapter."""
+    encoder, decoder = load_encoder(encoder), load_decoder(decoder, dtype)
+    return UniWhisper(encoder, new_adapter(encoder, decoder, stack), decoder)
+
+
 @pytest.fixture
 def model(whisper, qwen):
     """A fresh joint model of the two folders."""
     torch.manual_seed(0)
-    return UniWhisper.from_folders(whisper[0], qwen[0])
+    return joint_model(whisper[0], qwen[0])

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from adapter import StackAdapter
-from uniwhisper import UniWhisper
+from conftest import joint_model
 
 
 def test_output_starts_at_the_scale_asked_for():
@@ -20,8 +20,8 @@ def test_joint_model_starts_at_the_scale_of_the_decoders_tokens(whisper, qwen):
     audio, samples, power = 0.1 * torch.randn(2, 32_000), torch.tensor([32_000, 32_000]), []
     for seed in range(10):  # 56 hidden units alone scatter by 10 %
         torch.manual_seed(seed)
-        model = UniWhisper.from_folders(whisper[0], qwen[0])
-        power.append(model.adapter(model.encode(audio, samples)[0]).square().mean().item())
+        model = joint_model(whisper[0], qwen[0])
+        power.append(model.adapter(model.encoder.encode(audio, samples)[0]).square().mean().item())
     tokens = qwen[1].get_input_embeddings().weight
     assert abs((sum(power) / len(power) / tokens.square().mean().item()) ** 0.5 - 1) < 0.1
 

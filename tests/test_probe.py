@@ -5,11 +5,11 @@ import io
 import itertools
 import json
 import math
-from functools import partial
 import os
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from torch import nn
 import probe
 import uniwhisper
 from data import Rows
-from probe import Settings, Spec, Task
+from probe import Features, Parts, Settings, Spec, Task
 
 torch.set_num_threads(1)
 TINY = {"model_type": "whisper", "d_model": 24, "encoder_layers": 2, "encoder_attention_heads": 2,
@@ -39,7 +39,7 @@ def folder(tmp_path_factory):
 
 def make_encoder(path, seed):
     torch.manual_seed(seed)
-    uniwhisper.save_encoder(uniwhisper.WhisperEncoder(TINY), path)
+    uniwhisper.WhisperEncoder(TINY).save(path)
     return path
 
 
@@ -128,6 +128,12 @@ def test_segment_f1_by_hand():
     assert probe.segment_f1(scores, y, clip, 0.1, "micro") == 0  # 0.1 s: none in the same five tokens
     # a shorter last segment counts
     assert probe.segment_f1(scores[:160], y[:160] | (torch.arange(160) == 155)[:, None], clip[:160], 1.0, "micro") < 0.5
+    # tokens of 30 ms: 33.3 a second; the second segment of the first clip begins at token 34
+    y[:], scores[:] = False, -1.0
+    y[33, 0] = scores[0, 0] = True
+    assert probe.segment_f1(scores, y, clip, 1.0, "micro", 0.03) == 1
+    y[33, 0], y[34, 0] = False, True
+    assert probe.segment_f1(scores, y, clip, 1.0, "micro", 0.03) == 0
 
 
 def test_recall_at_1_by_hand():
@@ -180,7 +186,7 @@ def test_knn_equals_scikit_learn():
         return w / w.sum(1, keepdims=True)
 
     other = neighbors.KNeighborsClassifier(10, metric="cosine", algorithm="brute", weights=softmax).fit(train, y)
-    votes = probe.knn(torch.cat([train, test]), y, torch.arange(2000), torch.arange(2000, 4000), 20, chunk=300)
+    votes = probe.knn(torch.cat([train, test]), y, torch.arange(2000), torch.arange(2000, 4000), chunk=300)
     assert np.array_equal(votes.argmax(1).numpy(), other.predict(test))
     np.testing.assert_allclose(votes.numpy(), other.predict_proba(test), atol=2e-6)
 
@@ -188,27 +194,27 @@ def test_knn_equals_scikit_learn():
 def test_knn_by_hand():
     x, train, test = torch.tensor([[1.0, 0], [5, 0.1], [0, 1], [-1, 0], [2, 0]]), torch.arange(4), torch.tensor([4])
     y = torch.tensor([0, 0, 1, 2])
-    votes = probe.knn(x, y, train, test, 3, k=3, temperature=1.0)
+    votes = probe.knn(x, y, train, test, k=3, temperature=1.0)
     weight = torch.tensor([1.0, 5 / math.hypot(5, 0.1), 0.0]).softmax(0)
     torch.testing.assert_close(votes, torch.stack([weight[0] + weight[1], weight[2], weight[2] * 0])[None])
     # several labels: the same votes, given to each
     hot = torch.tensor([[1, 0], [1, 1], [0, 1], [0, 0]], dtype=torch.bool)
-    votes = probe.knn(x, hot, train, test, 2, k=3, temperature=1.0)
+    votes = probe.knn(x, hot, train, test, k=3, temperature=1.0)
     torch.testing.assert_close(votes, torch.stack([weight[0] + weight[1], weight[1] + weight[2]])[None])
-    assert probe.knn(x, y, train, train, 3).shape == (4, 3)  # fewer clips than k
+    assert probe.knn(x, y, train, train).shape == (4, 3)  # fewer clips than k
 
 
 def test_knn_does_not_depend_on_chunks():
     x, y, rows = torch.randn(500, 16), torch.randint(5, (500,)), torch.arange(500)
-    whole = probe.knn(x, y, rows, rows, 5, chunk=1000)
+    whole = probe.knn(x, y, rows, rows, chunk=1000)
     for chunk in (7, 64, 499):
-        torch.testing.assert_close(probe.knn(x, y, rows, rows, 5, chunk=chunk), whole)
+        torch.testing.assert_close(probe.knn(x, y, rows, rows, chunk=chunk), whole)
 
 
 # ---------------------------------------------------------------- probes
 
 def reference_probe(x, y, train, seed, classes, hidden, epochs, batch, positive_weight):
-    """The same training by nn.Module, autograd and torch.optim.Adam."""
+    """The same training written out, its rate by formula."""
     sizes, g, model = [x.shape[1]] + [hidden] * (hidden > 0) + [classes], torch.Generator().manual_seed(seed), []
     for a, b in zip(sizes, sizes[1:]):
         layer, w = nn.Linear(a, b), (torch.rand(a + 1, b, generator=g) * 2 - 1) / math.sqrt(a)
@@ -226,21 +232,26 @@ def reference_probe(x, y, train, seed, classes, hidden, epochs, batch, positive_
     return model
 
 
+def spec(**more):
+    return Spec("music", "label", **{"epochs": 30} | more)
+
+
 @pytest.mark.parametrize("hidden", [0, 9])
 @pytest.mark.parametrize("several", [False, True])
-def test_probes_equal_autograd(hidden, several):
-    """Three probes at once, gradients and Adam by hand: each as torch.optim and autograd train it alone."""
+def test_probes_equal_a_reference(hidden, several):
     torch.manual_seed(1)
     x, weight = torch.randn(200, 12) * 5 + 3, 10.0 if several else 1.0
     y = torch.rand(200, 4) < 0.3 if several else torch.randint(4, (200,))
-    train, valid = torch.arange(101), torch.arange(101, 150)
-    rising = iter(range(1000))
-    probes, epochs = probe.fit_probes(x, y, [(train, valid, s) for s in range(3)], lambda *_: next(rising) / 1000, 4,
-                                      hidden=hidden, epochs=5, batch=16, positive_weight=weight)
-    assert epochs == [5, 5, 5]
+    parts = Parts(torch.arange(101), torch.arange(101, 150), torch.arange(150, 200), torch.arange(150))
+    how = spec(epochs=5, batch=16, positive_weight=weight)
     for seed in range(3):
-        want = reference_probe(x, y, train, seed, 4, hidden, 5, 16, weight)(x)
-        torch.testing.assert_close(probe.predict(probes[seed], x, torch.arange(200)), want, atol=1e-5, rtol=1e-4)
+        rising, seen = iter(range(1000)), []
+        measure = lambda scores, items: (seen.append((scores, items)), next(rising))[1]
+        value, epoch = probe.score_probe(x, y, measure, how, (12, hidden, 4), parts, seed)
+        assert epoch == 5 and value == 5  # the sixth measurement, after five on valid
+        want = reference_probe(x, y, parts.train, seed, 4, hidden, 5, 16, weight)(x)
+        torch.testing.assert_close(seen[-1][0], want[parts.test], atol=1e-5, rtol=1e-4)
+        assert torch.equal(seen[-1][1], parts.test) and torch.equal(seen[-2][1], parts.valid)
 
 
 def test_probe_learns():
@@ -248,11 +259,11 @@ def test_probe_learns():
     centres = torch.randn(5, 16) * 2
     y = torch.arange(600) % 5
     x = centres[y] + torch.randn(600, 16)
-    measure = lambda scores, rows: probe.accuracy(scores, y[rows])
+    measure = lambda scores, items: probe.accuracy(scores, y[items])
+    parts = Parts(torch.arange(400), torch.arange(400, 500), torch.arange(500, 600), torch.arange(500))
     for hidden in (0, 32):
-        runs = [(torch.arange(400), torch.arange(400, 500), s) for s in range(2)]
-        probes, _ = probe.fit_probes(x, y, runs, measure, 5, hidden=hidden)
-        assert all(measure(probe.predict(p, x, torch.arange(500, 600)), torch.arange(500, 600)) > 0.95 for p in probes)
+        for seed in range(2):
+            assert probe.score_probe(x, y, measure, spec(), (16, hidden, 5), parts, seed)[0] > 0.95
 
 
 def noisy_task():
@@ -264,6 +275,9 @@ def noisy_task():
     return make_task(splits, [f"class {int(v)}" for v in y]), x, torch.arange(300)
 
 
+ENCODER = SimpleNamespace(token_seconds=0.02)  # all that `score` asks of it in most tasks
+
+
 def make_task(splits, labels, **spec):
     return Task("made", Spec("music", "label", **spec),
                 [probe.Clip(None, i, s, v) for i, (s, v) in enumerate(zip(splits, labels))])
@@ -273,12 +287,12 @@ def test_choice_is_blind_to_test(tmp_path):
     """Other test labels change the score but not which epochs are chosen; other valid labels do change these."""
     task, x, clip = noisy_task()
     s = settings(tmp_path, seeds=4, epochs=40)
-    was = probe.score(task, x, clip, s)
+    was = probe.score(task, Features(x, clip, []), s, ENCODER)
     turned = {f"class {i}": f"class {(i + 1) % 3}" for i in range(3)}
 
     def with_labels(split):
         clips = [c._replace(label=turned[c.label]) if c.split == split else c for c in task.clips]
-        return probe.score(Task(task.name, task.spec, clips), x, clip, s)
+        return probe.score(Task(task.name, task.spec, clips), Features(x, clip, []), s, ENCODER)
 
     test, valid = with_labels("test"), with_labels("valid")
     assert test["epochs"] == was["epochs"] and test["mlp"] < was["mlp"] and test["knn"] < was["knn"]
@@ -292,25 +306,41 @@ def test_best_epoch_is_valids_best(tmp_path):
     train, valid, test = (torch.arange(i, i + 100) for i in (0, 100, 200))
     seen = []
 
-    def measure(scores, rows):
-        assert torch.equal(rows, valid)  # test is never asked for
-        seen.append(probe.accuracy(scores, y[rows]))
-        return seen[-1]
+    def measure(scores, items):
+        seen.append((probe.accuracy(scores, y[items]), items))
+        return seen[-1][0]
 
-    (chosen,), (epoch,) = probe.fit_probes(x, y, [(train, valid, 0)], measure, 3, epochs=40)
-    assert seen[epoch - 1] == max(seen) and max(seen) not in seen[epoch:]
-    assert probe.accuracy(probe.predict(chosen, x, valid), y[valid]) == max(seen)
-    result = probe.score(task, x, clip, settings(tmp_path, seeds=1, epochs=40))
-    assert result["mlp"] == pytest.approx(probe.accuracy(probe.predict(chosen, x, test), y[test]))
+    parts = Parts(train, valid, test, torch.arange(200))
+    value, epoch = probe.score_probe(x, y, measure, spec(epochs=40), (20, 0, 3), parts, 0)
+    assert all(torch.equal(items, valid) for _, items in seen[:-1])  # test is asked for once, at the end
+    assert torch.equal(seen[-1][1], test) and seen[-1][0] == value and len(seen) == 41
+    values = [v for v, _ in seen[:-1]]
+    assert values[epoch - 1] == max(values) and max(values) not in values[epoch:]
+    result = probe.score(task, Features(x, clip, []), settings(tmp_path, seeds=1, epochs=40), ENCODER)
+    assert result["mlp"] == pytest.approx(value) and list(result["epochs"]) == [epoch]
+
+
+def test_the_best_epochs_weights_come_back():
+    """`fit` ends with the weights of the epoch whose valid score was the best, not with the last ones."""
+    model, states = torch.nn.Linear(1, 1), []
+    scores = iter([0.1, 0.7, 0.7, 0.2])
+
+    def valid_score():
+        states.append(model.weight.item())
+        return next(scores)
+
+    assert probe.fit(model, lambda items: model(torch.ones(1, 1)).sum(), 8, valid_score, spec(epochs=4)) == 3
+    assert model.weight.item() == states[2] != states[3]
 
 
 def test_folds_rotate():
     task = make_task([1, 2, 3, 4] * 2, "abcdabcd")
     plans = probe.rotations(task, torch.arange(8))
-    assert [[p.tolist() for p in plan] for plan in plans[:1]] == [[[1, 2, 3, 5, 6, 7], [2, 3, 6, 7], [1, 5], [0, 4]]]
-    assert torch.cat([plan[3] for plan in plans]).sort().values.tolist() == list(range(8))
-    assert [plan[2].tolist() for plan in plans] == [[1, 5], [2, 6], [3, 7], [0, 4]]
-    for near, train, valid, test in plans:
+    assert plans[0].test.tolist() == [0, 4] and plans[0].valid.tolist() == [1, 5]
+    assert plans[0].train.tolist() == [2, 3, 6, 7] and plans[0].neighbours.tolist() == [1, 2, 3, 5, 6, 7]
+    assert torch.cat([parts.test for parts in plans]).sort().values.tolist() == list(range(8))
+    assert [parts.valid.tolist() for parts in plans] == [[1, 5], [2, 6], [3, 7], [0, 4]]
+    for train, valid, test, near in plans:
         assert not set(test.tolist()) & {*near.tolist(), *train.tolist(), *valid.tolist()}
         assert not set(valid.tolist()) & set(train.tolist())
 
@@ -324,10 +354,10 @@ def test_retrieval_learns():
     x = torch.stack([codes[k] + codes[4 + p] for k, p in meaning * 12]) + 0.1 * torch.randn(192, 16)
     texts = [[f"A {kinds[k][0]} {kinds[k][1]} in the {places[p]}.", f"In the {places[p]}, a {kinds[k][0]}"]
              for k, p in meaning * 12]
-    parts = torch.arange(160), torch.arange(160, 176), torch.arange(176, 192)
-    assert probe.score_retrieval(x, texts, parts, epochs=6, batch=16, seed=0) > 0.7
+    parts = Parts(torch.arange(160), torch.arange(160, 176), torch.arange(176, 192), None)
+    assert probe.score_retrieval(x, texts, spec(epochs=6, batch=16), parts, seed=0)[0] > 0.7
     shuffled = texts[1:] + texts[:1]
-    assert probe.score_retrieval(x, texts[:176] + shuffled[176:], parts, epochs=2, batch=16, seed=0) < 0.3
+    assert probe.score_retrieval(x, texts[:176] + shuffled[176:], spec(epochs=2, batch=16), parts, seed=0)[0] < 0.3
 
 
 def test_choice_of_retrieval_is_blind_to_test(monkeypatch):
@@ -335,19 +365,25 @@ def test_choice_of_retrieval_is_blind_to_test(monkeypatch):
     torch.manual_seed(0)
     x = torch.randn(192, 16)
     texts = [[f"word{n}"] for n in range(96)] * 2  # valid and test repeat what train has
-    parts = torch.arange(160), torch.arange(160, 176), torch.arange(176, 192)
+    parts = Parts(torch.arange(160), torch.arange(160, 176), torch.arange(176, 192), None)
     turned = lambda part: [texts[n - 1] if n in part else t for n, t in enumerate(texts)]
     x[96:] = x[:96]
-    for some in (texts, turned(parts[2].tolist()), turned(parts[1].tolist())):
-        probe.score_retrieval(x, some, parts, epochs=10, batch=16, seed=0)
+    for some in (texts, turned(parts.test.tolist()), turned(parts.valid.tolist())):
+        probe.score_retrieval(x, some, spec(epochs=10, batch=16), parts, seed=0)
     assert values[0] == values[1] > values[2]
 
 
 def value_after_fit(monkeypatch) -> list:
     """Of each module that probe.py fits: by what its epoch was chosen, after the last."""
-    values, fit = [], probe._fit_module
-    monkeypatch.setattr(probe, "_fit_module", lambda module, loss_of, count, value_of, *how: (
-        fit(module, loss_of, count, value_of, *how), values.append(value_of())))
+    values, fit = [], probe.fit
+
+    def watched(model, loss_of, count, valid_score, spec):
+        epoch = fit(model, loss_of, count, valid_score, spec)
+        with torch.no_grad():
+            values.append(valid_score())
+        return epoch
+
+    monkeypatch.setattr(probe, "fit", watched)
     return values
 
 
@@ -381,12 +417,19 @@ def test_transcription(tmp_path, folder, monkeypatch):
     texts = [words[i % 4] for i in range(64)]
     clip = torch.arange(64).repeat_interleave(8)
     x = (torch.randn(4, 24)[clip % 4] + 0.05 * torch.randn(512, 24)).half()
-    parts = torch.arange(40), torch.arange(40, 52), torch.arange(52, 64)
-    got = probe.score_transcription(x, clip, texts, parts, folder, tmp_path / "qwen", epochs=8, batch=4)
-    assert got > 0.5
-    values, score = value_after_fit(monkeypatch), partial(probe.score_transcription, x, clip)
+    parts = Parts(torch.arange(40), torch.arange(40, 52), torch.arange(52, 64), None)
+    models = uniwhisper.load_encoder(folder), uniwhisper.load_decoder(tmp_path / "qwen")
+    tokens, how = x.split(8), spec(epochs=8, batch=4)
+    assert probe.score_transcription(tokens, texts, how, *models, parts, 0)[0] > 0.5
+    splits = ["train"] * 40 + ["valid"] * 13 + ["test"] * 12  # clip 40 cannot be read: no token of it
+    clips = [probe.Clip(None, i, *pair) for i, pair in enumerate(zip(splits, texts[:40] + ["one"] + texts[40:]))]
+    task = Task("words", dataclasses.replace(how, metric="1 - WER"), clips)
+    features = Features(x, clip + (clip >= 40), [])
+    r = probe.score(task, features, settings(tmp_path, epochs=8), *models)
+    assert r["mlp"] > 0.5 and r["test"] == 12 and r["knn"] is None and "mlp_std" not in r
+    values, how = value_after_fit(monkeypatch), spec(epochs=1, batch=4)
     for some in (texts, texts[:52] + ["one"] * 12, texts[:40] + ["one"] * 12 + texts[52:]):
-        score(some, parts, folder, tmp_path / "qwen", epochs=1, batch=4)
+        probe.score_transcription(tokens, some, how, *models, parts, 0)
     assert values[0] == values[1] != values[2]  # chosen on valid, blind to test
 
 
@@ -396,11 +439,14 @@ def test_features_do_not_depend_on_the_batch(tmp_path, folder):
     encoder = uniwhisper.WhisperEncoder.from_pretrained(folder).eval()
     rows = [({"label": "ab"[i % 2], "split": "train"}, tone(500 + 100 * i, 0.2 + 0.37 * i, seed=i)) for i in range(8)]
     (task,) = probe.manifest_tasks(Rows(write_manifest(tmp_path, "mixed", rows)))
-    for more in ({}, {"context": "30s"}, {"layer": 1}, {"pool": "mean+std"}):
+    whole = encoder
+    for more in ({}, {"context": "30s"}, {"pool": "mean+std"}, {"layer": 1}):
+        encoder = probe.open_encoder(folder, more.get("layer"))
         x, clip, _ = probe.extract(encoder, task, settings(tmp_path, **more), quiet)
         alone, _, _ = probe.extract(encoder, task, settings(tmp_path, batch_seconds=0.01, **more), quiet)
         torch.testing.assert_close(x, alone, atol=1e-5, rtol=1e-5)
         assert clip.tolist() == list(range(8)) and x.shape == (8, 48 if "pool" in more else 24)
+    encoder = whole
     for i, (_, audio) in enumerate(rows):  # the mean over real tokens alone
         tokens = encoder.encode(torch.from_numpy(audio)[None], torch.tensor([len(audio)]))[0][0]
         mean = probe.extract(encoder, task, settings(tmp_path), quiet)[0][i] if i == 3 else tokens.mean(0)
@@ -444,7 +490,7 @@ def test_cache_knows_weights_clips_and_settings(tmp_path, folder):
     files = lambda: len(list((tmp_path / "cache").iterdir()))
     first = features()
     calls, encode = [], encoder.encode
-    encoder.encode = lambda *a: calls.append(a) or encode(*a)
+    encoder.encode = lambda *a, **k: calls.append(a) or encode(*a, **k)
     assert torch.equal(features(), first) and not calls and files() == 1  # taken from disk
     weights = encoder.layers[1].fc2.bias.data
     was = weights[3].clone()
@@ -453,9 +499,11 @@ def test_cache_knows_weights_clips_and_settings(tmp_path, folder):
     assert calls and files() == 2 and not torch.allclose(changed, first)
     weights[3] = was
     assert torch.equal(features(), first) and files() == 2
-    for n, more in enumerate(({"context": "30s"}, {"layer": 1}, {"pool": "mean+std"}, {"precision": "bf16"}), 3):
+    for n, more in enumerate(({"context": "30s"}, {"pool": "mean+std"}, {"precision": "bf16"}), 3):
         features(settings(tmp_path, **more))
         assert files() == n
+    cut, made = probe.open_encoder(folder, 1), probe.fingerprint(encoder)
+    assert probe.fingerprint(cut) != made == probe.fingerprint(probe.open_encoder(folder, 2))
     clip = tmp_path / "notes-0.wav"
     sf.write(clip, tone(5000, seed=9), 16000)  # same name, same size: only its time tells
     os.utime(clip, ns=(1, 1))
@@ -496,6 +544,9 @@ def test_command_line(tmp_path, folder, capsys):
 
 def test_plot(tmp_path, folder, monkeypatch):
     scores = {"domain": "music", "metric": "accuracy", "test": 9, "weight": 9, "knn": 0.5, "mlp": 0.6, "mlp_std": 0.1}
+    if probe.find_spec("matplotlib"):
+        said = main("--encoder", folder, "--data", "x", "--plot", tmp_path / "f.xyz")
+        assert "f.xyz: its name must end in " in said and ".png" in said and "\n" not in said
     monkeypatch.setattr(probe, "find_spec", lambda name: None)
     assert (main("--encoder", folder, "--data", "x", "--plot", tmp_path / "f.png")
             == "error: --plot needs matplotlib: pip install matplotlib")
@@ -616,12 +667,28 @@ def test_frame_targets():
     assert hot[:, 0].tolist() == [1, 1, 1, 0, 0, 0, 1, 0] and hot[:, 1].tolist() == [0, 0, 1, 1, 1, 0, 0, 0]
 
 
+def test_frame_tasks_follow_the_encoders_rate(tmp_path):
+    """Tokens of 50 ms: labels and segments are made at that rate, not at Whisper's 20 ms."""
+    labels = [[(0.0, 1.0, "a"), (2.0, 3.0, "b")], [(1.0, 2.0, "a")]] * 12
+    task = make_task((["train"] * 4 + ["valid"] * 2 + ["test"] * 2) * 3, labels, metric="segment F1 macro", knn=False, batch=1)
+    clip = torch.arange(24).repeat_interleave(60)  # 3 s each
+    hot = probe.targets(task, clip, 0.05)
+    assert hot[:60, 0].tolist() == [True] * 20 + [False] * 40 and hot[:60, 1].tolist() == [False] * 40 + [True] * 20
+    torch.manual_seed(0)
+    x = (hot.float() @ torch.randn(2, 8) * 3 + torch.randn(8) + 0.1 * torch.randn(len(clip), 8)).half()
+    s = settings(tmp_path, epochs=200, hidden=32)
+    scored = lambda seconds: probe.score(task, Features(x, clip, []), s, SimpleNamespace(token_seconds=seconds))["mlp"]
+    assert scored(0.05) > 0.95 > scored(0.02)
+
+
 def test_xares_table():
     """Every task names its tars and settings; what a json holds is read as X-ARES's label processors read it."""
     assert len(probe.XARES) == 22 and sum(s.knn for s in probe.XARES.values()) == 16
     for name, spec in probe.XARES.items():
-        assert spec.metric in probe.METRICS and spec.domain in ("speech", "music", "environment") and spec.weight > 0
-        assert bool(spec.folds) == ("{" in spec.tars) and len(spec.splits.split()) == 3, name
+        assert spec.metric in {*probe.CLIP_METRICS, *probe.FRAME_METRICS, *probe.TEXT_METRICS} and spec.domain in ("speech", "music", "environment") and spec.weight > 0
+        assert "{" in spec.tars and spec.tars.count("{") == 1, name
+        names = spec.splits.split() if isinstance(spec.splits, str) else spec.splits
+        assert len(names) == 3 if isinstance(spec.splits, str) else len(names) > 2, name
     read = lambda name, row: probe.XARES[name].label(row)
     assert read("fsd50k", {"soundevent": "Bark;Dog"}) == ["Bark", "Dog"]
     assert read("clotho", {"caption_1": "a", "caption_2": "b", "audio": "x.wav"}) == ["a", "b"]
@@ -645,9 +712,10 @@ def change(row, **more):
 
 @pytest.mark.parametrize("more, want", [
     ({"label": "low"}, "notes: has 1 class(es), low; accuracy needs two or more"),
-    ({"split": "train"}, "notes: no clip in split test"),
-    ({"split": "test"}, "notes: no clip in split train"),
+    ({"split": "train"}, "notes: its splits are train; need train and test"),
+    ({"split": "test"}, "notes: its splits are test; need train and test"),
     ({"split": "dev"}, "notes.jsonl:1 (notes-0.wav): split is 'dev'; need train, valid, test or a fold's number"),
+    ({"split": "dev"}, "a fold's number; the data has dev"),
     ({"split": "²"}, "notes.jsonl:1 (notes-0.wav): split is '²'"),
     ({"label": None}, "notes.jsonl:1 (notes-0.wav): lacks a label"),
     ({"task": ""}, "notes.jsonl:1 (notes-0.wav): lacks task"),
@@ -661,7 +729,7 @@ def change(row, **more):
      "events must be a list of {onset, offset, label}, in seconds"),
     ({"events": [{"onset": -0.1, "offset": 1, "label": "c"}]}, "notes.jsonl:1 (notes-0.wav): events must be"),
     ({"events": [{"onset": 1, "offset": 0.5, "label": "c"}]}, "in seconds, 0 <= onset <= offset"),
-    ({"events": [{"onset": 0, "offset": math.inf, "label": "c"}]}, "in seconds, 0 <= onset <= offset"),
+    ({"events": [{"onset": 0, "offset": "inf", "label": "c"}]}, "in seconds, 0 <= onset <= offset"),
     ({"task": 5}, "task is 5; need a text"),
     ({"domain": ["music"]}, "domain is ['music']; need a text"),
     ({"metric": "1 - EER"}, "notes: has 3 class(es), high, low, middle; 1 - EER needs two"),
@@ -672,12 +740,14 @@ def test_bad_rows(tmp_path, folder, more, want):
 
 def test_bad_folds(tmp_path, folder):
     fold = lambda of: [(change(row, split=of(i)), None) for i, (row, _) in enumerate(note_rows(12))]
-    assert "notes: fold 2 has no clips" in bad(tmp_path, folder, fold(lambda i: (1, 3, 4, 5)[i // 3]))
-    assert "need three folds or more" in bad(tmp_path, folder, fold(lambda i: 1 + i // 6))
-    assert "splits are 1, 2, 3, test; need" in bad(tmp_path, folder, fold(lambda i: (1, 2, 3, "test")[i // 3]))
+    need = "; need train and test, or three folds or more, without a gap"
+    for of, found in ((lambda i: (1, 3, 4, 5)[i // 3], "1, 3, 4, 5"), (lambda i: 1 + i // 6, "1, 2"),
+                      (lambda i: (1, 2, 3, "test")[i // 3], "1, 2, 3, test")):
+        assert f"notes: its splits are {found}{need}" in bad(tmp_path, folder, fold(of))
     texts = [(change(row, label=None, captions=["a note"], split=i % 3), None)
              for i, (row, _) in enumerate(note_rows(12))]
-    assert "notes: its splits are folds; recall@1 needs train and test" in bad(tmp_path, folder, texts)
+    message = bad(tmp_path, folder, texts)
+    assert "notes: its splits are 0, 1, 2; need train and test" in message and "folds" not in message
 
 
 def test_mixed_rows(tmp_path, folder):
@@ -720,7 +790,7 @@ def test_features_that_are_not_finite(tmp_path, folder):
     encoder = uniwhisper.WhisperEncoder.from_pretrained(folder)
     with torch.no_grad():
         encoder.layers[0].fc1.bias[0] = math.nan
-    uniwhisper.save_encoder(encoder, tmp_path / "nan")
+    encoder.save(tmp_path / "nan")
     assert "notes.jsonl:1 (notes-0.wav): its features are not finite" in bad(tmp_path, tmp_path / "nan", note_rows(12))
 
 
@@ -751,6 +821,44 @@ def test_notes(tmp_path, folder):
             in said)
 
 
+def test_said_before_anything_is_encoded(tmp_path, folder, monkeypatch):
+    """One class alone in a part: an error where 1 - EER needs both, else a note."""
+    monkeypatch.setattr(probe, "extract", lambda *a: pytest.fail("encoded first"))
+    rows = [(change(row, label="low" if row["split"] == "test" else ("low", "high")[i % 2], metric="1 - EER"), audio)
+            for i, (row, audio) in enumerate(note_rows(48))]
+    assert "notes: only one class is left in test; 1 - EER needs both" in bad(tmp_path, folder, rows)
+    said = []
+    (task,) = probe.manifest_tasks(Rows(write_manifest(tmp_path, "notes", [
+        (change(row, metric=None), audio) for row, audio in rows])))
+    probe.check(task, said.append)
+    assert said == ["note: notes: all clips of test are of one class"]
+
+
+def test_names_that_are_not_utf8(tmp_path, folder, capsys):
+    rows = note_rows(24)
+    path = write_manifest(tmp_path, "notes", rows)
+    name = b"caf\xe9.wav"
+    os.rename(tmp_path / "notes-0.wav", os.fsencode(tmp_path) + b"/" + name)
+    path.write_text(path.read_text().replace("notes-0.wav", "caf\\udce9.wav"))
+    out = tmp_path / "o.json"
+    argv = ("--encoder", folder, "--data", path, "--cache", tmp_path / "cache", "--epochs", 2, "--json", out)
+    for _ in range(2):  # encoded, and from the cache
+        assert main(*argv) == 0 and json.loads(out.read_text())
+    path.write_text(path.read_text().replace('"task": "notes"', '"task": "caf\\udce9"'))
+    assert main(*argv) == 0 and r"caf\udce9 " in capsys.readouterr().out
+    assert list(json.loads(out.read_text())["encoders"][str(folder)]["tasks"]) == ["caf\udce9"]
+
+
+def test_interrupted(tmp_path, folder, monkeypatch):
+    def stop(*a):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(probe, "extract", stop)
+    data = write_manifest(tmp_path, "notes", note_rows(12))
+    assert main("--encoder", folder, "--data", data, "--cache", tmp_path / "cache").startswith("error: interrupted")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()  # it plans anew for every shape
+
+
 def test_bad_flags(tmp_path, folder):
     path = write_manifest(tmp_path, "notes", note_rows(12))
     assert main("--encoder", folder) == "error: no task to score; give --data or --xares"
@@ -765,6 +873,8 @@ def test_bad_flags(tmp_path, folder):
     assert "none/config.json is missing" in main("--encoder", folder, tmp_path / "none", "--data", path)
     assert "none/config.json is missing" in main("--encoder", folder, "--data", path, "--decoder", tmp_path / "none")
     assert "--layer is 9; " in main("--encoder", folder, "--data", path, "--layer", 9)
+    found = main("--encoder", folder, "--xares", tmp_path)
+    assert "has no folder asvspoof2015, clotho, " in found and found.endswith("it has notes-0.wav, notes-1.wav, notes-10.wav, notes-11.wav, notes-2.wav")
     assert "nowhere: no such folder" in main("--encoder", folder, "--data", path, "--xares", tmp_path / "nowhere")
     (tmp_path / "both" / "notes").mkdir(parents=True)
     (tmp_path / "both" / "esc50").mkdir()

@@ -14,6 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,12 +23,12 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo  # a run's optimizer would import it: 1.5 s
-from conftest import make_tokenizer, tone, write_clip, write_manifest
-from safetensors.torch import load_file
+from conftest import joint_model, make_tokenizer, tone, write_clip, write_manifest
+from safetensors.torch import load_file, save_file
 
 import train
 from data import Batches, Rows
-from uniwhisper import UniWhisper, load_run
+from uniwhisper import load_run
 
 HERE = Path(__file__).resolve().parent
 STEPS, FROZEN = 12, 3
@@ -67,7 +68,7 @@ def options(world, out, **changes) -> list[str]:
     """The command line of the tests' usual run, with changes (None leaves a flag out)."""
     settings = dict(data=world.data, encoder=world.encoder, decoder=world.decoder, out=out, precision="fp32",
                     device="cpu", steps=STEPS, freeze_encoder=FROZEN, warmup=2, batch_seconds=5, workers=0,
-                    log_every=2, save_every=3, eval_every=6, keep=10, questions=4) | changes
+                    log_every=2, save_every=3, eval_every=6, keep=10, questions=2) | changes
     flags = []
     for name, value in settings.items():
         if value is not None and value is not False:
@@ -204,82 +205,93 @@ def undisturbed(world, tmp_path_factory):
 
 # ---------------------------------------------------------------- one update
 
-RANKS = train.Ranks(0, 1, torch.device("cpu"))
-
-
-def gradient(world, loss, sizes, checkpoint_layers=False):
+def gradient(world, out, loss, sizes, checkpoint_layers=False):
     """Minus the gradient of one update on the same 12 clips, of all tasks, in batches of these sizes:
     what plain SGD subtracts."""
-    flags = options(world, "unused", loss=loss, grad_clip=1e9, freeze_encoder=0, checkpoint_layers=checkpoint_layers)
-    s = train.parse(flags)
+    s = train.parse(options(world, out, loss=loss, grad_clip=1e9, freeze_encoder=0, checkpoint_layers=checkpoint_layers,
+                            steps=1, accumulate=len(sizes), eval_clips=1, questions=0))
+    out.mkdir()
     rows = Rows(world.data, answers=True)
-    model = train.build_model(s, RANKS, None)
-    batches, first = Batches(rows, model.tokenizer), itertools.accumulate(sizes, initial=0)
-    picked = [list(range(5 * start, 5 * (start + size), 5)) for start, size in zip(first, sizes)]
-    optimizer = torch.optim.SGD([*model.encoder.parameters(), *model.adapter.parameters()], lr=1.0)
+    model = train.build_model(s, None)
+    batches = Batches(rows, model.decoder.tokenizer)
+    first = itertools.accumulate(sizes, initial=0)
+    specs = [(0, list(range(5 * start, 5 * (start + size), 5))) for start, size in zip(first, sizes)]
     before = {k: p.detach().clone() for k, p in model.named_parameters()}
-    run = train.wrap(s, model, RANKS, 0)
-    scaler = torch.amp.GradScaler("cpu", enabled=False)
-    norm, parts = train.update(s, run, optimizer, scaler, [batches[0, p] for p in picked], RANKS)
-    losses = torch.cat([losses for losses, _ in parts])
-    return {k: p.detach() - before[k] for k, p in model.named_parameters() if p.requires_grad}, losses, norm
+
+    def plain_sgd(s, model, state):
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return torch.optim.SGD([dict(params=trained, name="all")], lr=1.0), torch.amp.GradScaler("cpu", enabled=False)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "build_optimizer", plain_sgd)
+        patch.setattr(train, "learning_rate", lambda *a: 1.0)
+        patch.setattr(train, "save_checkpoint", lambda *a: None)
+        patch.setattr(train, "catch_signals", list)
+        assert train.train(s, model, train.Log(s, batches, 0), map(batches.__getitem__, specs), dict(step=0))
+    line = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()][-2]
+    moved = {k: p.detach() - before[k] for k, p in model.named_parameters() if p.requires_grad}
+    return moved, line["tasks"], line["norm"]
 
 
 @pytest.mark.parametrize("loss", ["token", "example"])
-def test_accumulation_equals_one_large_batch(world, loss):
-    whole, losses, norm = gradient(world, loss, [12])
-    parts, losses_of_parts, norm_of_parts = gradient(world, loss, [2, 7, 3])
-    assert torch.allclose(losses, losses_of_parts, rtol=1e-5) and norm == pytest.approx(norm_of_parts, rel=1e-5)
+def test_accumulation_equals_one_large_batch(world, tmp_path, loss):
+    whole, losses, norm = gradient(world, tmp_path / "one", loss, [12])
+    parts, losses_of_parts, norm_of_parts = gradient(world, tmp_path / "three", loss, [2, 7, 3])
+    assert losses == pytest.approx(losses_of_parts, rel=1e-5) and norm == pytest.approx(norm_of_parts, rel=1e-5)
     for k in whole:
         assert (whole[k] - parts[k]).abs().max() <= 1e-5 * whole[k].abs().max() + 1e-7, k
 
 
-def test_the_two_losses_differ_where_answers_have_different_lengths(world):
-    token, example = (gradient(world, loss, [12])[0]["adapter.fc2.weight"] for loss in ("token", "example"))
+def test_the_two_losses_differ_where_answers_have_different_lengths(world, tmp_path):
+    token, example = (gradient(world, tmp_path / loss, loss, [12])[0]["adapter.fc2.weight"]
+                      for loss in ("token", "example"))
     assert (token - example).abs().max() > 1e-3 * token.abs().max()
 
 
-def test_checkpointed_layers_give_the_same_gradient(world):
-    plain, losses, _ = gradient(world, "token", [12])
-    again, losses_again, _ = gradient(world, "token", [12], checkpoint_layers=True)
-    assert torch.equal(losses, losses_again) and same_bits(plain, again)
+def test_a_token_counts_as_its_loss_says():
+    batch = SimpleNamespace(answers=[[1, 2, 3, 4], [5], [6, 7]], answer_tokens=[4, 1, 2])
+    assert train.token_weights(batch, "token").tolist() == [1] * 7
+    assert train.token_weights(batch, "example").tolist() == [0.25] * 4 + [1] + [0.5] * 2
+
+
+def test_checkpointed_layers_give_the_same_gradient(world, tmp_path):
+    plain, losses, _ = gradient(world, tmp_path / "a", "token", [12])
+    again, losses_again, _ = gradient(world, tmp_path / "b", "token", [12], checkpoint_layers=True)
+    assert losses == losses_again and same_bits(plain, again)
 
 
 def test_the_decoder_never_trains(world):
     s = train.parse(options(world, "unused", freeze_encoder=0))
-    model = train.build_model(s, RANKS, None)
-    optimizer = train.build_optimizer(s, model)
+    model = train.build_model(s, None)
+    optimizer, _ = train.build_optimizer(s, model, dict(step=0))
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     trained = {id(p) for part in (model.encoder, model.adapter) for p in part.parameters() if p.requires_grad}
     assert held == trained and id(model.encoder.embed_positions.weight) not in held
     assert not held & {id(p) for p in model.decoder.parameters()}
     assert model.training and not any(m.training for m in model.decoder.modules())
-    loss, _ = train.wrap(s, model, RANKS, 0)(Batches(Rows(world.data), model.tokenizer)[0, [0, 1]])
-    loss.backward()
+    train.wrap(s, model)(Batches(Rows(world.data), model.decoder.tokenizer)[0, [0, 1]]).sum().backward()
     assert all(p.grad is None for p in model.decoder.parameters())
     assert {id(p) for p in model.parameters() if p.grad is not None} == trained
 
 
 def test_matrices_decay_and_vectors_do_not(world):
-    optimizer = train.build_optimizer(s := train.parse(options(world, "unused")), train.build_model(s, RANKS, None))
+    s = train.parse(options(world, "unused"))
+    optimizer, _ = train.build_optimizer(s, train.build_model(s, None), dict(step=0))
     for group in optimizer.param_groups:
         assert {p.ndim > 1 for p in group["params"]} == {group["weight_decay"] == s.weight_decay}
-    assert [g["peak"] for g in optimizer.param_groups] == [s.lr_encoder] * 2 + [s.lr_adapter] * 2
+    assert [g["name"] for g in optimizer.param_groups] == ["encoder"] * 2 + ["adapter"] * 2
 
 
 def test_schedule():
     s = train.Settings(steps=100, warmup=10, freeze_encoder=20, lr_encoder=1.0, lr_adapter=2.0)
-    optimizer = SimpleNamespace(param_groups=[dict(peak=1.0), dict(peak=1.0), dict(peak=2.0), dict(peak=2.0)])
 
     def rates(step):
-        train.set_rates(s, optimizer, step)
-        assert len({g["lr"] / g["peak"] for g in optimizer.param_groups[:2]}) == 1
-        return optimizer.param_groups[0]["lr"], optimizer.param_groups[2]["lr"]
+        return train.learning_rate(s, "encoder", step), train.learning_rate(s, "adapter", step)
 
-    assert rates(0) == pytest.approx((0, 0.2))  # a tenth of the warm-up
-    assert rates(9)[1] == pytest.approx(2 * (0.55 + 0.45 * np.cos(np.pi * 0.09)))  # warm
-    assert rates(19)[0] == 0 and 0 < rates(20)[0] < rates(29)[0]  # the encoder's own warm-up
-    assert rates(50) == pytest.approx((0.55, 1.1)) and rates(100) == pytest.approx((0.1, 0.2))
+    assert rates(1) == pytest.approx((0, 0.2))  # a tenth of the warm-up
+    assert rates(10)[1] == pytest.approx(2 * (0.55 + 0.45 * np.cos(np.pi * 0.09)))  # warm
+    assert rates(20)[0] == 0 and 0 < rates(21)[0] < rates(30)[0]  # the encoder's own warm-up
+    assert rates(51) == pytest.approx((0.55, 1.1)) and rates(101) == pytest.approx((0.1, 0.2))
 
 
 # ---------------------------------------------------------------- a whole run
@@ -289,7 +301,7 @@ def test_config_and_metrics(undisturbed, world):
     assert config["steps"] == STEPS and config["encoder"] == world.encoder and config["data"] == [world.data]
     lines = [json.loads(line) for line in (undisturbed.out / "metrics.jsonl").read_text().splitlines()]
     logged = [line for line in lines if "loss" in line]
-    assert [line["step"] for line in logged] == list(range(2, STEPS + 1, 2))
+    assert [line["step"] for line in logged] == [2, 3, 4, 6, 8, 9, 10, 12]  # every second, and each checkpoint
     for line in logged:
         assert line.keys() == {"step", "loss", "tasks", "norm", "lr", "audio_seconds_per_second", "memory_gib",
                                "skipped"}
@@ -299,8 +311,8 @@ def test_config_and_metrics(undisturbed, world):
         assert min(line["tasks"].values()) <= line["loss"] <= max(line["tasks"].values())
     for key in ("held_out", "answers"):
         assert [line["step"] for line in lines if key in line] == [0, 6, 12]
-    assert all(len(line["answers"]) == 4 for line in lines if "answers" in line)
-    assert {a["task"] for a in lines[1]["answers"]} == {"height", "sound_event", "level"}  # in turns
+    tasks = ["height"] * 2 + ["level"] * 2 + ["sound_event"] * 2
+    assert all([a["task"] for a in line["answers"]] == tasks for line in lines if "answers" in line)
     assert f"step {STEPS}/{STEPS}" in undisturbed.said and "left 0:00:00" in undisturbed.said
 
 
@@ -321,7 +333,7 @@ def test_load_run_reads_the_newest_checkpoint(undisturbed):
 
 def test_the_encoder_is_frozen_and_let_go(undisturbed, world):
     start = {f"model.encoder.{k}": v
-             for k, v in UniWhisper.from_folders(world.encoder, world.decoder).encoder.state_dict().items()}
+             for k, v in joint_model(world.encoder, world.decoder).encoder.state_dict().items()}
     frozen, free, last = (weights(undisturbed.out, step) for step in (FROZEN, 6, STEPS))
     assert all(torch.equal(frozen[k], v) for k, v in start.items())
     assert not torch.equal(frozen["fc2.weight"], last["fc2.weight"])
@@ -336,11 +348,9 @@ def test_the_encoder_is_frozen_and_let_go(undisturbed, world):
 
 def test_bf16_and_the_other_options_run(world, tmp_path):
     succeed(Run(options(world, tmp_path / "run", precision="bf16", loss="example", checkpoint_layers=True, steps=2,
-                        workers=1, probe_every=2, probe_data=world.data, task_weights=["height=1", "level=3"])))
+                        workers=1, task_weights=["height=1", "level=3"])))
     lines = metrics(tmp_path / "run")
     assert all(line["tasks"].keys() <= {"height", "level"} for line in lines if "loss" in line)
-    assert ([line["knn"].keys() for line in lines if "knn" in line]
-            == [{"height", "sound_event", "level"}] * 2)  # before, and then
 
 
 # ---------------------------------------------------------------- ranks
@@ -353,6 +363,7 @@ def test_torchrun_equals_one_process(world, tmp_path):
                HERE.parent / "train.py"]
     two = subprocess.run([*command, *argv], capture_output=True, text=True, timeout=300)
     assert two.returncode == 0, two.stderr
+    assert "Warning" not in two.stderr.replace("OMP_NUM_THREADS", "")
     succeed(one)
     assert_close_runs(tmp_path / "one", tmp_path / "two", 5)
 
@@ -371,6 +382,55 @@ def test_ranks_with_the_example_loss_resume_exactly(world, tmp_path):
         other.process.kill()  # as torchrun does
     succeed(*start_ranks([*argv, "--resume"], n=3))
     assert_same_run(tmp_path / "three", tmp_path / "killed", 4)
+
+
+def two_agents(argv, other_argv, **environment):
+    """Two torchrun agents of one rank each, as on two machines -> what they print to stderr."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1",
+               "--master-addr=127.0.0.1", f"--master-port={port}"]
+    agents = [subprocess.Popen([*command, f"--node-rank={i}", HERE.parent / "train.py", *more], text=True,
+                               stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=os.environ | environment)
+              for i, more in enumerate((argv, other_argv))]
+    return agents
+
+
+def test_a_fault_of_one_rank_at_the_start_ends_all_with_its_message(world, tmp_path):
+    argv = options(world, tmp_path / "run")
+    other = options(world, tmp_path / "run", data=write_manifest(tmp_path / "bad.jsonl", ["{"]))
+    for agent in two_agents(argv, other):
+        _, said = agent.communicate(timeout=60)
+        assert agent.returncode and "bad.jsonl: needs one JSON object a line" in said
+
+
+def test_when_one_rank_dies_all_end_within_a_minute(world, tmp_path):
+    argv = options(world, tmp_path / "run", steps=100_000, save_every=100_000, eval_every=100_000)
+    one, other = two_agents(argv, argv)
+    while not (tmp_path / "run/metrics.jsonl").exists() or "loss" not in (tmp_path / "run/metrics.jsonl").read_text():
+        assert one.poll() is None and other.poll() is None
+        time.sleep(0.2)
+    children = Path(f"/proc/{other.pid}/task/{other.pid}/children").read_text().split()
+    began = time.monotonic()
+    os.kill(int(children[0]), signal.SIGKILL)
+    said = one.communicate(timeout=60)[1]
+    other.communicate(timeout=60)
+    assert one.returncode and other.returncode and time.monotonic() - began < 60
+    assert "error: another rank has ended" in said
+
+
+def test_cudnns_attention_is_kept_out(monkeypatch):
+    """It plans anew for every shape."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        train.start_ranks(train.Settings(device="cuda"))
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 # ---------------------------------------------------------------- killed and resumed
@@ -433,6 +493,89 @@ def test_killed_anywhere_and_resumed_a_run_ends_with_the_same_bits(world, tmp_pa
     assert_same_run(undisturbed.out, out)
 
 
+# ---------------------------------------------------------------- stopped, lengthened, started from another
+
+def signal_in_update(number, call):
+    """As from outside, between backward and the optimizer's step of the `call`-th update."""
+    real, calls = torch.nn.utils.clip_grad_norm_, itertools.count(1)
+
+    def clip(*args):
+        if next(calls) == call:
+            os.kill(os.getpid(), number)
+        return real(*args)
+
+    torch.nn.utils.clip_grad_norm_ = clip
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_stopped_by_a_signal_a_run_saves_the_update_and_says_how_to_go_on(world, tmp_path, undisturbed, number):
+    out = tmp_path / "run"
+    text = Run(options(world, out, workers=1), partial(signal_in_update, number, 4)).fail()
+    assert text == f"error: stopped by a signal after step 5; go on with: python train.py --resume --out {out}"
+    assert step_folder(out, 5).is_dir() and not (out / "encoder").exists()
+    succeed(Run(["--resume", "--out", str(out)]))  # with OUT's own settings
+    assert same_bits(weights(undisturbed.out, STEPS), weights(out, STEPS))
+
+
+def test_ranks_stop_together(world, tmp_path):
+    one, other = start_ranks(options(world, tmp_path / "run"), partial(signal_in_update, signal.SIGTERM, 2))
+    assert "stopped by a signal after step 3" in one.fail() and "stopped by a signal after step 3" in other.fail()
+
+
+def kill_a_reader(call):
+    real, calls = torch.nn.utils.clip_grad_norm_, itertools.count(1)
+
+    def clip(*args):
+        if next(calls) == call:
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+        return real(*args)
+
+    torch.nn.utils.clip_grad_norm_ = clip
+
+
+def test_a_killed_reader_is_one_line(world, tmp_path):
+    run = Run(options(world, tmp_path / "run", workers=1, steps=200, save_every=200, eval_every=200),
+              partial(kill_a_reader, 3))
+    assert "a process that reads audio was killed" in (text := run.fail()) and "lower --workers" in text
+
+
+def sleep_in_update(call):
+    real, calls = torch.nn.utils.clip_grad_norm_, itertools.count(1)
+    torch.nn.utils.clip_grad_norm_ = lambda *args: time.sleep(100 * (next(calls) == call)) or real(*args)
+
+
+def test_a_second_run_into_the_same_folder_is_refused(world, tmp_path):
+    out = tmp_path / "run"
+    first = Run(options(world, out), partial(sleep_in_update, 1))
+    while not (out / "config.json").exists():
+        assert first.process.is_alive()
+        time.sleep(0.1)
+    log = first.log
+    try:
+        second = Run(options(world, out, resume=True), RANK="1")  # RANK: a log of its own
+        assert f"another run writes to {out}; choose another --out" in second.fail()
+    finally:
+        first.process.kill()
+    assert log == first.log
+
+
+def test_a_run_can_be_lengthened(undisturbed, world, tmp_path):
+    out = tmp_path / "run"
+    shutil.copytree(undisturbed.out, out)
+    said = succeed(Run(["--resume", "--out", str(out), "--steps", "14"])).out
+    assert "from step 12 to 14" in said and "step 14/14" in said and step_folder(out, 14).is_dir()
+    assert json.loads((out / "config.json").read_text())["steps"] == 14
+    assert "steps is 5, below its step" in Run(["--resume", "--out", str(out), "--steps", "5"]).fail()
+
+
+def test_a_new_run_can_start_from_another_runs_adapter(undisturbed, world, tmp_path):
+    s = train.parse(options(world, tmp_path / "run", adapter=undisturbed.out))
+    model, trained = train.build_model(s, None), weights(undisturbed.out, STEPS)
+    assert all(torch.equal(trained[k], v) for k, v in model.adapter.state_dict().items())
+    start = joint_model(world.encoder, world.decoder).encoder.state_dict()
+    assert all(torch.equal(start[k], v) for k, v in model.encoder.state_dict().items())
+
+
 def limit_file_size(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
@@ -461,7 +604,7 @@ def test_no_room_for_the_encoder(undisturbed, world, tmp_path):
 def test_resume_wants_the_same_settings(undisturbed, world, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(undisturbed.out, out)
-    assert "holds a run already" in error(capsys, *options(world, out))
+    assert "holds checkpoints already" in error(capsys, *options(world, out))
     text = error(capsys, *options(world, out, resume=True, lr_encoder=0.5, seed=3))
     assert "lr_encoder was 0.0001, is 0.5" in text and "seed was 0, is 3" in text
     fewer = write_manifest(world.folder / "fewer.jsonl", world.rows[1:])
@@ -490,44 +633,47 @@ def test_a_valid_split_that_no_row_has_is_said(world, tmp_path):
     assert "held-out loss:" not in run.out and not any("held_out" in line for line in metrics(tmp_path / "run"))
 
 
+def test_splits_are_said_with_what_is_done_with_them(world, tmp_path):
+    rows = [row | {"split": {"valid": "validation"}.get(row["split"], row["split"])} for row in world.rows]
+    data = write_manifest(world.folder / "validation.jsonl", rows)
+    said = succeed(Run(options(world, tmp_path / "run", data=data, steps=1))).out
+    assert "split 'train': 48 rows to train on" in said and "split 'validation': 12 rows left out" in said
+    assert "split 'test': 12 rows left out" in said and "no row has split 'valid' (--valid-split)" in said
+    assert "note: all 1 updates are warm-up (--warmup 2)" in said
+
+
+def test_a_models_folder_is_not_taken_for_a_run(world, tmp_path, capsys):
+    out = tmp_path / "model"
+    shutil.copytree(world.encoder, out)
+    before = {p.name: p.read_bytes() for p in out.iterdir()}
+    for resume in (False, True):
+        text = error(capsys, *options(world, out, encoder=out, resume=resume))
+        assert "config.json" in text
+    assert before == {p.name: p.read_bytes() for p in out.iterdir()}
+
+
 def test_a_finished_run_without_checkpoints_is_not_overwritten(undisturbed, world, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(undisturbed.out / "encoder", out / "encoder")
     for resume in (True, False):
-        assert "holds a finished run's encoder, but no checkpoint" in error(capsys, *options(world, out, resume=resume))
+        assert "holds " in (text := error(capsys, *options(world, out, resume=resume))) and "another --out" in text
+    assert sorted(p.name for p in out.iterdir()) == ["encoder"]
 
 
-def test_a_task_that_could_not_be_read_at_the_start_is_reported_later(monkeypatch):
+def test_a_task_that_could_not_be_read_at_the_start_is_reported_later(monkeypatch, capsys):
     monkeypatch.setattr(train, "evaluate", lambda *a: {"old": 1.0, "new": 2.0})
-    said = []
-    t = SimpleNamespace(s=SimpleNamespace(questions=0, steps=9), step=5, held_out=[(0, [0])], before={"old": 3.0},
-                        model=None, batches=None, ranks=SimpleNamespace(rank=0, say=said.append),
-                        log=SimpleNamespace(write=lambda *a, **k: 0))
-    train.report(t)
-    assert said == ["step 5/9  held-out loss: old 3.000 -> 1.000  new 2.000"]
-
-
-def test_a_probe_whose_clips_are_gone_does_not_end_the_run(monkeypatch):
-    import probe
-
-    def gone(*a, **k):
-        raise FileNotFoundError("notes.tar is gone")
-
-    monkeypatch.setattr(probe, "knn_scores", gone)
-    said = []
-    train.probe(SimpleNamespace(s=SimpleNamespace(device="cpu", precision="fp32", steps=9), step=5, probe_tasks=[],
-                                model=SimpleNamespace(encoder=None), ranks=SimpleNamespace(rank=0, say=said.append)))
-    assert said == ["step 5/9  kNN probe left out: notes.tar is gone"]
+    log = SimpleNamespace(s=SimpleNamespace(questions=0, steps=9), batches=None, write=lambda *a, **k: 0, time=0.0)
+    train.report(log, None, 5, {"old": 3.0})
+    assert capsys.readouterr().out == "step 5/9  held-out loss: old 3.000 -> 1.000  new 2.000\n"
 
 
 def test_an_evaluation_forks_nothing(world, monkeypatch):
     """A fork beside a collective's threads can hang the child."""
-    s = train.parse(options(world, "unused", workers=1))
+    s = train.parse(options(world, "unused", workers=1, eval_clips=4))
     rows = Rows(world.data, answers=True)
-    model = train.build_model(s, RANKS, None)
+    model = train.build_model(s, None)
     monkeypatch.setattr(os, "fork", lambda: pytest.fail("forked"))
-    losses = train.evaluate(s, model, RANKS, Batches(rows, model.tokenizer), train.held_out(rows, "valid", 4, 5.0))
-    assert losses.keys() == set(rows.tasks)
+    assert train.evaluate(s, model, Batches(rows, model.decoder.tokenizer)).keys() == set(rows.tasks)
 
 
 # ---------------------------------------------------------------- guards
@@ -544,19 +690,20 @@ def test_a_run_of_non_finite_updates_changes_nothing_and_ends(world, tmp_path):
     out = tmp_path / "run"
     text = Run(options(world, out, data=write_manifest(world.folder / "loud.jsonl", rows), save_every=1,
                        freeze_encoder=0)).fail()
-    assert f"{train.BAD_STEPS_IN_A_ROW} updates in a row were not finite" in text
-    last = train.BAD_STEPS_IN_A_ROW - 1
+    last = train.BAD_UPDATES["fp32"] - 1
+    assert f"{last + 1} updates in a row were not finite" in text
     assert same_bits(weights(out, 1), weights(out, last))
-    encoder = UniWhisper.from_folders(world.encoder, world.decoder).encoder.state_dict()
+    encoder = joint_model(world.encoder, world.decoder).encoder.state_dict()
     assert all(torch.equal(weights(out, last)[f"model.encoder.{k}"], v) for k, v in encoder.items())
     assert not torch.load(step_folder(out, last) / "trainer.pt")["optimizer"]["state"]
 
 
-def test_a_row_is_named_when_one_of_its_two_draws_is_not_finite(capsys):
-    t = SimpleNamespace(s=SimpleNamespace(precision="fp32"), step=5, bad=1, ranks=RANKS,
-                        rows=SimpleNamespace(name="row {}".format), log=SimpleNamespace(write=lambda *a, **k: 0))
-    parts = [(torch.tensor([1.0, math.nan]), None), (torch.tensor([2.0, 3.0]), None)]
-    train.report_left_out(t, [SimpleNamespace(rows=[7, 8]), SimpleNamespace(rows=[9, 8])], parts, math.nan)
+def test_a_row_is_named_when_one_of_its_two_draws_is_not_finite(world, tmp_path, capsys):
+    batches = SimpleNamespace(rows=SimpleNamespace(name="row {}".format, tasks=["a"]))
+    log = train.Log(train.Settings(out=str(tmp_path), device="cpu", precision="fp32"), batches, 0)
+    parts = [(SimpleNamespace(rows=[7, 8], answer_tokens=[1, 2]), torch.tensor([1.0, 2.0, math.nan])),
+             (SimpleNamespace(rows=[9, 8], answer_tokens=[1, 1]), torch.tensor([2.0, 3.0]))]
+    log.bad_update(5, parts, math.nan)
     assert capsys.readouterr().err == "step 5: gradient norm is nan, update left out; rows: row 8\n"
 
 
@@ -564,8 +711,8 @@ def test_dirty_data_is_named_and_left_out(world, tmp_path):
     """Two ranks; of the clips to train on one gives NaN and one is not audio, a held-out one is missing."""
     more = dict(steps=8, batch_seconds=8)
     s = train.parse(options(world, tmp_path / "run", **more))
-    read = train.open_data(s, RANKS)
-    stream = [rows for _, rows in itertools.islice(train.make_sampler(s, read, RANKS), 16)]  # what both ranks will see
+    read = train.open_rows(s)
+    stream = [rows for _, rows in itertools.islice(train.batch_specs(s, read, 0), 16)]  # what both ranks will see
     places = {row["audio"]: n for n, row in enumerate(world.rows)}
     rows = [dict(row) for row in world.rows]
     for i in range(len(read)):  # the same lengths as before, so the same stream
@@ -579,13 +726,27 @@ def test_dirty_data_is_named_and_left_out(world, tmp_path):
     succeed(*both)
     said, lines = both[0].err + both[1].err, metrics(tmp_path / "run")
     assert f"skipped: {data}:{text + 1} (clips/text.wav): " in said
-    assert f"skipped: {data}:{gone + 1} (gone.wav): No such file" in said
-    assert [line for line in lines if "loss" in line][-1]["skipped"] == {rows[text]["task"]: said.count("text.wav")}
+    assert f"skipped: {data}:{gone + 1} (gone.wav): " in said and "gone.wav: No such file" in said
+    skipped = [n for line in lines for n in line.get("skipped", {}).items()]
+    assert {task for task, _ in skipped} == {rows[text]["task"]} and sum(n for _, n in skipped) == said.count("text.wav")
     left_out = [line for line in lines if "non_finite" in line]
     assert 0 < len(left_out) < 8
     assert all(line["rows"] == [f"{data}:{nan + 1} (clips/loud.wav)"] for line in left_out)
     assert said.count(f"rows: {data}:{nan + 1} (clips/loud.wav)") == len(left_out)
     assert all(v.isfinite().all() for v in weights(tmp_path / "run", 8).values())
+
+
+def test_fp16_that_overflows_in_the_decoder_is_named_as_that(world, tmp_path):
+    folder = tmp_path / "decoder"
+    shutil.copytree(world.decoder, folder)
+    tensors = load_file(folder / "model.safetensors")
+    for name in tensors:
+        if name.endswith(("o_proj.weight", "down_proj.weight", "embed_tokens.weight")):
+            tensors[name] = (tensors[name] * 2.0**17).clamp(-6e4, 6e4)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    run = Run(options(world, tmp_path / "run", decoder=folder, precision="fp16"))
+    assert "no loss is finite: the model overflows in fp16; use --precision bf16" in run.fail()
+    assert "rows:" not in run.err  # healthy rows are not blamed
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -602,7 +763,7 @@ def test_an_error_in_a_worker_is_one_line(world, tmp_path):
     rows = [row | {"audio": "clips/missing.wav", "seconds": 0.5} for row in world.rows]
     data = write_manifest(world.folder / "gone.jsonl", rows)
     text = Run(options(world, tmp_path / "run", data=data, workers=1)).fail()
-    assert "clips in a row cannot be read" in text and "clips/missing.wav): No such file" in text
+    assert "clips in a row cannot be read" in text and "clips/missing.wav: No such file" in text
 
 
 # ---------------------------------------------------------------- flags and start-up errors
@@ -611,7 +772,7 @@ def test_an_error_in_a_worker_is_one_line(world, tmp_path):
     (dict(encoder=None), "--data needs --encoder"),
     (dict(decoder=None), "--data needs --decoder"),
     (dict(encoder="nowhere"), "nowhere/config.json is missing"),
-    (dict(decoder="nowhere"), "nowhere/tokenizer.json is missing"),
+    (dict(decoder="nowhere"), "nowhere/config.json is missing"),
     (dict(data="nowhere.jsonl"), "nowhere.jsonl: no such manifest or tar"),
     (dict(train_split=["train", "valid"]), "--valid-split valid is also in --train-split"),
     (dict(train_split="fold9"), "--train-split"),
@@ -619,6 +780,7 @@ def test_an_error_in_a_worker_is_one_line(world, tmp_path):
     (dict(batch_seconds=-1), "--batch-seconds is -1"),
     (dict(grad_clip=0), "--grad-clip is 0"),
     (dict(grad_clip="nan"), "--grad-clip is nan"),
+    (dict(save_every=0), "--save-every is 0; it must be above 0"),
     (dict(threads=-1), "--threads is -1; it must be 0 or more"),
     (dict(lr_encoder=-1), "--lr-encoder is -1"),
     (dict(task_weights=["height"]), "--task-weights takes TASK=NUMBER, not height"),
@@ -627,8 +789,6 @@ def test_an_error_in_a_worker_is_one_line(world, tmp_path):
     (dict(task_weights=["height=0"]),
      "task weights {'height': 0.0}: each must be a number of 0 or more, and one must be above"),
     (dict(task_weights=["depth=1"]), "['depth']"),
-    (dict(probe_every=0, probe_data="nowhere.jsonl"), "--probe-every is 0; it must be above 0"),
-    (dict(probe_every=3, probe_data="nowhere.jsonl"), "nowhere.jsonl: no such manifest or tar"),
 ])
 def test_settings_that_cannot_work(world, tmp_path, capsys, changes, says):
     assert says in error(capsys, *options(world, tmp_path / "run", **changes))
@@ -646,7 +806,7 @@ def test_no_gpu(world, tmp_path, capsys):
     ('{"audio": "a.wav", "instruction": "x", "answer": " "}', "answer is ' '"),
     ('{"audio": "a.wav", "answer": "yes", "task": "unheard"}', "'unheard' has no templates"),
     ('{"audio": "a.wav", "instruction": 5, "answer": "yes"}', "instruction is 5; need a text"),
-    ('{"audio": "a.wav", "instruction": "x", "answer": "y", "seconds": 31}', "31 s, longer than --max-seconds 30"),
+    ('{"audio": "a.wav", "instruction": "x", "answer": "y", "seconds": 31}', "longer than --max-seconds 30"),
     ('{"audio": "a.wav", "instruction": "x", "answer": "y", "seconds": "1"}', "seconds is '1'"),
     ("", "holds no rows"),
 ])
@@ -661,7 +821,7 @@ def test_bad_weights(world, tmp_path, capsys):
     bare = tmp_path / "bare"
     shutil.copytree(world.decoder, bare)
     make_tokenizer(bare, chat_tokens=())
-    assert "lacks the chat tokens <|im_start|>, <|im_end|>" in error(
+    assert "lacks the chat token <|im_start|>" in error(
         capsys, *options(world, tmp_path / "run", decoder=bare))
     (bare / "tokenizer.json").write_text("{")
     assert "tokenizer.json" in error(capsys, *options(world, tmp_path / "run", decoder=bare))

@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import uniwhisper
-from conftest import RATE, VOCABULARY, assert_one_line, make_qwen, make_tokenizer, noise, tone, write_clip
-from uniwhisper import (AnswerLoss, ChatTokenizer, QwenDecoder, UniWhisper, WhisperEncoder, attend, encoder_lengths,
-                        load_run, log_mel_spectrogram, newest_checkpoint, save_encoder)
+from conftest import (RATE, VOCABULARY, assert_one_line, joint_model, make_qwen, make_tokenizer, noise, tone, write_clip,
+                      write_manifest)
+from uniwhisper import (ChatTokenizer, QwenDecoder, WhisperEncoder, encoder_lengths, load_decoder, load_encoder,
+                        load_run, log_mel_spectrogram, newest_checkpoint)
 
 WINDOW = 30 * RATE
 transformers = pytest.importorskip("transformers")
@@ -36,8 +37,8 @@ def batch_of(model, samples=(24_000, 9_000, 40_001)):
     for i, n in enumerate(samples):
         audio[i, :n] = noise(n, seed=i)
     return SimpleNamespace(audio=audio, samples=torch.tensor(samples), questions=questions,
-                           prompts=[model.tokenizer.prompt(q) for q in questions],
-                           answers=[model.tokenizer.answer(a) for a in answers])
+                           prompts=[model.decoder.tokenizer.prompt(q) for q in questions],
+                           answers=[model.decoder.tokenizer.answer(a) for a in answers])
 
 
 # ---------------------------------------------------------------- log-mel
@@ -101,8 +102,10 @@ def test_encoder_equals_transformers_on_30_s(folder, request):
         hidden = theirs.encoder(mel, output_hidden_states=True)
         assert_close(encoder(mel), hidden.last_hidden_state)
         assert_close(encoder.encode(audio, torch.tensor([WINDOW, WINDOW]))[0], hidden.last_hidden_state)
-        for layer in range(2):
-            assert_close(encoder(mel, layer=layer), hidden.hidden_states[layer])
+        for layer in (2, 1, 0):
+            encoder.keep_layers(layer)
+            expected = hidden.last_hidden_state if layer == 2 else hidden.hidden_states[layer]
+            assert_close(encoder(mel), expected)
 
 
 def test_short_clip_equals_a_transformers_encoder_of_that_length(whisper):
@@ -161,12 +164,40 @@ def test_clips_over_30_s_go_through_in_windows(whisper):
             assert not features[i, tokens[i]:].any()
 
 
+def test_padded_to_the_window_a_clip_sees_silence_and_gives_its_own_tokens(whisper):
+    folder, theirs = whisper
+    encoder, audio = WhisperEncoder.from_pretrained(folder).eval(), noise(33_000)[None]
+    batch = torch.cat((audio, F.pad(noise(9_000, seed=1), (0, 24_000))[None]))
+    with torch.no_grad():
+        whole = theirs.encoder(log_mel_spectrogram(F.pad(audio, (0, WINDOW - 33_000)))).last_hidden_state
+        features, lengths = encoder.encode(batch, torch.tensor([33_000, 9_000]), pad_to_window=True)
+        assert lengths.tolist() == [103, 28] and features.shape[1] == 103
+        assert_close(features[0], whole[0, :103])
+        assert not features[1, 28:].any() and features[1, :28].all()
+        assert (features[0] - encoder.encode(audio, torch.tensor([33_000]))[0]).abs().max() > 0.1
+
+
+def test_an_encoder_with_fewer_positions_has_shorter_windows(whisper, tmp_path):
+    shutil.copytree(whisper[0], tmp_path, dirs_exist_ok=True)
+    edit_config(max_source_positions=500)(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = next(k for k in tensors if k.endswith("encoder.embed_positions.weight"))
+    tensors[name] = tensors[name][:500].clone()
+    save_file(tensors, tmp_path / "model.safetensors")
+    encoder, audio = load_encoder(tmp_path).eval(), noise(12 * RATE)[None]
+    with torch.no_grad():
+        features, lengths = encoder.encode(audio, torch.tensor([12 * RATE]))
+        parts = [encoder.encode(p, torch.tensor([p.shape[1]]))[0] for p in audio.split(10 * RATE, 1)]
+    assert lengths.tolist() == [600]
+    assert_close(features, torch.cat(parts, 1), 1e-5)
+
+
 def test_too_many_frames_or_layers_are_refused(whisper):
     encoder = WhisperEncoder.from_pretrained(whisper[0])
     with pytest.raises(ValueError, match="3002 frames; at most 3000"):
         encoder(torch.zeros(1, 80, 3002))
     with pytest.raises(ValueError, match="layer is 3; this encoder has layers 0 to 2"):
-        encoder(torch.zeros(1, 80, 10), layer=3)
+        encoder.keep_layers(3)
 
 
 # ---------------------------------------------------------------- decoder
@@ -184,9 +215,9 @@ def assert_decoder_equals(folder, theirs):
     ids = torch.randint(VOCABULARY, (2, 150), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         reference = theirs(input_ids=ids, output_hidden_states=True)
-        hidden = decoder(decoder.embed(ids))
+        hidden = decoder(decoder.embed_tokens(ids))
         assert_close(hidden, reference.hidden_states[-1])
-        assert_close(decoder.lm_head(hidden), reference.logits)
+        assert_close(decoder.unembed(hidden), reference.logits)
 
 
 @pytest.mark.parametrize("how", QWENS)
@@ -205,39 +236,23 @@ def test_decoder_reads_the_older_rope_theta(qwen, tmp_path):
     assert_decoder_equals(tmp_path, theirs)
 
 
-def test_right_padding_changes_no_row_and_comes_out_as_zeros(qwen):
+def test_right_padding_changes_no_row(qwen):
     decoder = QwenDecoder.from_pretrained(qwen[0])
     embeds, lengths = torch.randn(3, 20, 56), torch.tensor([20, 1, 13])
-    hidden = decoder(embeds, lengths)
+    hidden = decoder(embeds)
     for row, n in enumerate(lengths):
         assert_close(hidden[row, :n], decoder(embeds[row : row + 1, :n])[0], 1e-5)
-        assert not hidden[row, n:].any()
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
-def test_prompts_given_as_ids_change_neither_what_follows_nor_its_gradient(kind, tmp_path):
-    make_qwen(tmp_path, kind)
-    decoder = QwenDecoder.from_pretrained(tmp_path)
-    ids = torch.randint(VOCABULARY, (4, 20), generator=torch.Generator().manual_seed(0))
-    starts, lengths, weight = [5, 1, 9, 5], torch.tensor([20, 3, 13, 9]), torch.randn(4, 20, 56)
-    prompts = [row[:n] for row, n in zip(ids.tolist(), starts)]
-    embeds = decoder.embed(ids).requires_grad_()
-    ours, only = decoder(embeds, lengths, prompts), torch.tensor([19, 22, 6])
-    assert_close(decoder(embeds, lengths, prompts, only), ours.flatten(0, 1)[only], 1e-5)
-    own = (torch.arange(20) >= torch.tensor(starts)[:, None])[..., None]
-    theirs = decoder(embeds, lengths) * own
-    assert_close(ours, theirs, 1e-5)
-    gradients = [torch.autograd.grad((h * weight).sum(), embeds)[0] * own for h in (ours, theirs)]
-    assert_close(*gradients, 1e-5)
-
-
-def test_a_prompt_of_several_rows_is_computed_once(qwen, monkeypatch):
-    decoder, computed = QwenDecoder.from_pretrained(qwen[0]), []
-    embed = decoder.embed
-    monkeypatch.setattr(decoder, "embed", lambda ids: computed.append(ids.tolist()) or embed(ids))
-    past = decoder.past([[5, 6, 7], [5, 6], [5, 6, 7]], 8)
-    assert computed == [[[5, 6, 7], [5, 6, 0]]] and len(past) == len(decoder.layers)
-    assert all(t.shape[:2] == (3, 8) and t[0].equal(t[2]) and not t.requires_grad for pair in past for t in pair)
+def test_answer_states_of_a_clip_do_not_depend_on_its_batch(qwen):
+    decoder = QwenDecoder.from_pretrained(qwen[0])
+    audio, lengths = torch.randn(3, 9, 56), torch.tensor([9, 2, 5])
+    prompts, answers = [[5, 6], [7, 8, 9, 10], [11]], [[20, 21, 22], [23], [24, 25]]
+    together = decoder.answer_states(audio, lengths, prompts, answers).split([3, 1, 2])
+    for i, states in enumerate(together):
+        n = lengths[i : i + 1]
+        alone = decoder.answer_states(audio[i : i + 1, :n], n, prompts[i : i + 1], answers[i : i + 1])
+        assert_close(states, alone, 1e-5)
 
 
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
@@ -245,45 +260,49 @@ def test_greedy_generation_equals_transformers_and_that_without_cache(kind, tmp_
     theirs = make_qwen(tmp_path, kind)
     decoder = QwenDecoder.from_pretrained(tmp_path)
     torch.manual_seed(0)
-    prompts = torch.randint(VOCABULARY, (30,)).split([3, 17, 9, 1])
-    embeds = decoder.embed(torch.nn.utils.rnn.pad_sequence(prompts, batch_first=True))
-    embeds[0, 3:] = 100.0  # padding must not be seen
-    lengths = torch.tensor([len(p) for p in prompts])
+    prompts = [p.tolist() for p in torch.randint(VOCABULARY, (30,)).split([3, 17, 9, 1])]
+    audio, lengths = torch.randn(4, 6, 56), torch.tensor([6, 1, 3, 4])
+    audio[1, 1:] = 100.0  # padding must not be seen
+    rows = decoder.layout(lengths, prompts, [[]] * 4)
+    embeds = [decoder.embed([row], audio[i : i + 1], lengths[i : i + 1]) for i, row in enumerate(rows)]
     how = dict(max_new_tokens=12, do_sample=False, eos_token_id=-1, pad_token_id=0)
-    free = [theirs.generate(p[None], **how)[0, len(p):].tolist() for p in prompts]
-    assert decoder.generate(embeds, lengths, 12, {VOCABULARY}) == free
+    free = [theirs.generate(inputs_embeds=e, **how)[0].tolist() for e in embeds]
+    decoder.tokenizer.stop = {VOCABULARY}
+    assert decoder.generate(audio, lengths, prompts, 12) == free
     stop = {free[0][5], free[1][2]}  # tokens that do come: generation ends before them
     until = [row[: next((i for i, t in enumerate(row) if t in stop), None)] for row in free]
-    assert decoder.generate(embeds, lengths, 12, stop) == until
-    for prompt, row in zip(prompts, free):
-        ids = prompt.tolist()
+    decoder.tokenizer.stop = stop
+    assert decoder.generate(audio, lengths, prompts, 12) == until
+    for start, row in zip(embeds, free):
+        ids = []
         for _ in range(12):
-            ids.append(int(decoder.lm_head(decoder(decoder.embed(torch.tensor([ids])))[0, -1]).argmax()))
-        assert ids[len(prompt):] == row
+            new = decoder.embed_tokens(torch.tensor([ids], dtype=torch.long))
+            ids.append(int(decoder.unembed(decoder(torch.cat((start, new), 1))[0, -1]).argmax()))
+        assert ids == row
 
 
 def test_generation_of_no_tokens_is_empty(qwen):
     decoder = QwenDecoder.from_pretrained(qwen[0])
-    assert decoder.generate(torch.randn(2, 5, 56), torch.tensor([5, 2]), 0, {2}) == [[], []]
+    assert decoder.generate(torch.randn(2, 5, 56), torch.tensor([5, 2]), [[1], [2, 3]], 0) == [[], []]
 
 
 def test_decoder_computes_in_its_own_dtype_under_autocast(whisper, qwen):
     torch.manual_seed(0)
-    exact = UniWhisper.from_folders(whisper[0], qwen[0])
-    half = UniWhisper.from_folders(whisper[0], qwen[0], dtype=torch.bfloat16)
+    exact = joint_model(whisper[0], qwen[0])
+    half = joint_model(whisper[0], qwen[0], dtype=torch.bfloat16)
     half.adapter.load_state_dict(exact.adapter.state_dict())
     assert {p.dtype for p in half.decoder.parameters()} == {torch.bfloat16}
     assert {p.dtype for p in half.encoder.parameters()} == {torch.float32}
     with torch.autocast("cpu", torch.bfloat16):
         assert half.decoder(torch.randn(1, 4, 56)).dtype == torch.bfloat16
-        loss, _ = half(batch_of(half))
-    assert loss.dtype == torch.float32 and abs(loss / exact(batch_of(exact))[0] - 1) < 0.03
+        losses = half(batch_of(half))
+    assert losses.dtype == torch.float32 and abs(losses.sum() / exact(batch_of(exact)).sum() - 1) < 0.03
 
 
 # ---------------------------------------------------------------- prompt and loss
 
 def test_chat_is_laid_out_as_designed(model):
-    t = model.tokenizer
+    t = model.decoder.tokenizer
     spell = lambda ids: t.tokenizer.decode(ids, skip_special_tokens=False)
     assert spell(t.prompt("Who speaks?")) == "<|im_start|>user\nWho speaks?\n"
     assert spell(t.tail) == "<|im_end|>\n<|im_start|>assistant\n"
@@ -303,7 +322,7 @@ def chats(model, theirs, batch):
     embed = lambda ids: theirs.get_input_embeddings()(torch.tensor([ids], dtype=torch.long))
     for audio, samples, prompt, answer in zip(batch.audio, batch.samples, batch.prompts, batch.answers):
         spoken = model.adapter(model.encoder.encode(audio[None, :samples], samples[None])[0])
-        yield torch.cat((embed(prompt), spoken, embed(model.tokenizer.tail), embed(answer)), 1)
+        yield torch.cat((embed(prompt), spoken, embed(model.decoder.tokenizer.tail), embed(answer)), 1)
 
 
 def straightforward_losses(model, theirs, batch):
@@ -316,86 +335,54 @@ def straightforward_losses(model, theirs, batch):
 
 def test_loss_is_transformers_loss_on_the_answer_tokens(model, qwen):
     batch = batch_of(model)
-    loss, tokens = model(batch)
-    expected = torch.stack(list(straightforward_losses(model, qwen[1], batch)))
-    assert tokens == sum(map(len, batch.answers))
-    assert_close(loss, expected.sum(), 1e-5)
-    losses, tokens = model(batch, per_row=True)
-    assert_close(losses, expected, 1e-5)
-    assert tokens.tolist() == [len(a) for a in batch.answers]
+    losses = model(batch)
+    counts = [len(answer) for answer in batch.answers]
+    assert losses.shape == (sum(counts),) and losses.dtype == torch.float32
+    ours = torch.stack([part.sum() for part in losses.split(counts)])
+    assert_close(ours, torch.stack(list(straightforward_losses(model, qwen[1], batch))), 1e-5)
 
 
 def test_loss_of_many_answer_tokens_is_the_same_in_pieces(model, monkeypatch):
     batch = batch_of(model)
-    loss = model(batch)[0]
-    gradient = torch.autograd.grad(loss, model.adapter.fc2.weight)[0]
-    monkeypatch.setattr(AnswerLoss, "LOGITS_AT_ONCE", 5)
-    pieces = model(batch)[0]
-    assert_close(pieces, loss, 1e-6)
-    assert_close(torch.autograd.grad(pieces, model.adapter.fc2.weight)[0], gradient, 1e-5)
+    losses = model(batch)
+    gradient = torch.autograd.grad(losses.sum(), model.adapter.fc2.weight)[0]
+    monkeypatch.setattr(uniwhisper, "LOGITS_AT_ONCE", 5)
+    pieces = model(batch)
+    assert_close(pieces, losses, 1e-6)
+    assert_close(torch.autograd.grad(pieces.sum(), model.adapter.fc2.weight)[0], gradient, 1e-5)
 
 
-def test_loss_and_its_gradient_are_cross_entropys():
-    hidden, weight = torch.randn(7, 6, requires_grad=True), torch.randn(11, 6)
-    labels, scale = torch.randint(11, (7,)), torch.rand(7)  # every row's gradient is scaled by its own number
-    ours, theirs = (AnswerLoss.apply(hidden, weight, labels),
-                    F.cross_entropy(hidden @ weight.T, labels, reduction="none"))
-    assert_close(ours, theirs, 1e-6)
-    slopes = [torch.autograd.grad((x * scale).sum(), hidden)[0] for x in (ours, theirs)]
-    assert_close(*slopes, 1e-5)
-    with torch.no_grad():
-        assert_close(AnswerLoss.apply(hidden, weight, labels), theirs, 1e-6)
-
-
-def test_fp16_keeps_the_gradient_of_a_token_that_is_all_but_learned():
+def test_fp16_keeps_the_gradient_of_a_token_that_is_all_but_learned(model):
     weight, labels = torch.tensor([[0.05, 0.0], [-0.05, 0.02]]).half(), torch.tensor([0])
     slopes = []
-    for dtype, loss_of in ((torch.float16, AnswerLoss.apply),
-                           (torch.float64, lambda h, w, y: F.cross_entropy(h @ w.T, y))):
+    for dtype in (torch.float16, torch.float64):
+        model.decoder.unembed = lambda states: states @ weight.to(dtype).T
         hidden = torch.tensor([[125.0, 3.0]], dtype=dtype, requires_grad=True)  # 1 - p = 4e-6
-        slopes.append(torch.autograd.grad(loss_of(hidden, weight.to(dtype), labels).sum() * 2.0**16,  # a loss scale
-                                          hidden)[0])
-    assert_close(slopes[0].double(), slopes[1], 0.02)
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_attention_in_half_precision_is_the_fused_kernels(causal):
-    q, k, v, slope = (torch.randn(3, 2, 40, 16) for _ in range(4))
-    q = (8 * q).bfloat16().float()  # large scores: in half precision they would be off by far more than the rest
-    k = k.bfloat16().float()
-    mask = None if causal else (torch.arange(40) < torch.tensor([40, 7, 23])[:, None])[:, None, None]
-    results = []
-    for dtype in (torch.bfloat16, torch.float64):
-        inputs = [x.to(dtype).requires_grad_() for x in (q, k, v)]
-        attention = attend if dtype == torch.bfloat16 else F.scaled_dot_product_attention
-        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            y = attention(*inputs, attn_mask=mask, is_causal=causal)
-        results.append([y, *torch.autograd.grad(y, inputs, slope.to(dtype))])
-    for ours, exact in zip(*results):
-        assert_close(ours.double(), exact, 0.01)
+        loss = model.answer_losses(hidden, labels) * 2.0**16  # a loss scale
+        slopes.append(torch.autograd.grad(loss.sum(), hidden)[0])
+    assert_close(slopes[0].double(), slopes[1].double(), 0.02)
 
 
 def test_head_sees_exactly_the_positions_that_predict_the_answers(model, qwen, monkeypatch):
     seen, batch = [], batch_of(model)
-    monkeypatch.setattr(AnswerLoss, "apply", lambda *three: seen.extend(three) or three[0].sum(1))
+    monkeypatch.setattr(model, "answer_losses", lambda *two: seen.extend(two))
     model(batch)
-    hidden, weight, labels = seen
-    assert weight is model.decoder.lm_head.weight
+    states, labels = seen
     assert labels.tolist() == sum(batch.answers, [])
     expected = []
     for embeds, answer in zip(chats(model, qwen[1], batch), batch.answers):
         last = qwen[1](inputs_embeds=embeds, output_hidden_states=True).hidden_states[-1][0]
         expected.append(last[-len(answer) - 1 : -1])  # from the prompt's last token to the answer's last word
-    assert_close(hidden, torch.cat(expected))
+    assert_close(states, torch.cat(expected))
 
 
 def test_decoder_is_frozen_and_gradients_pass_through_it(model):
     model.train()
     assert not any(m.training for m in model.decoder.modules())
     assert model.encoder.training and model.adapter.training
-    model(batch_of(model))[0].backward()
+    model(batch_of(model)).sum().backward()
     assert all(p.grad is None and not p.requires_grad for p in model.decoder.parameters())
-    assert all(p.grad.abs().sum() > 0 for p in model.adapter.parameters())
+    assert all(p.grad.abs().sum() > 0 for p in model.adapter.parameters() if p.requires_grad)
     for name, p in model.encoder.named_parameters():
         if name == "embed_positions.weight":
             assert p.grad is None  # the sinusoids do not train
@@ -405,11 +392,11 @@ def test_decoder_is_frozen_and_gradients_pass_through_it(model):
 
 def test_recomputed_activations_change_no_gradient(model):
     batch = batch_of(model)
-    model(batch)[0].backward()
+    model(batch).sum().backward()
     kept = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     model.encoder.checkpoint_layers = model.decoder.checkpoint_layers = True
-    model(batch)[0].backward()
+    model(batch).sum().backward()
     assert all(torch.equal(p.grad, kept[n]) for n, p in model.named_parameters() if p.grad is not None)
 
 
@@ -436,22 +423,22 @@ def test_a_step_never_makes_a_tensor_of_sequence_by_vocabulary(model):
     batch = batch_of(model)
     answers = sum(map(len, batch.answers))
     with Shapes() as shapes:
-        model(batch)[0].backward()
+        model(batch).sum().backward()
     assert shapes.with_vocabulary() == {(answers, VOCABULARY)}
     with Shapes() as shapes:  # the watch does see such a tensor
-        model.decoder.lm_head(model.decoder(torch.randn(3, 50, 56)))
+        model.decoder.unembed(model.decoder(torch.randn(3, 50, 56)))
     assert (3, 50, VOCABULARY) in shapes.with_vocabulary()
 
 
 def test_joint_generation_equals_transformers_and_does_not_depend_on_the_batch(model, qwen):
     batch = batch_of(model)
-    texts = model.generate(batch.audio, batch.questions, 10, batch.samples)
+    texts = model.generate(batch.audio, batch.samples, batch.questions, 10)
     alone = zip(batch.audio, batch.samples, batch.questions)
-    assert [model.generate(audio[None, :n], [question], 10)[0] for audio, n, question in alone] == texts
+    assert [model.generate(audio[None, :n], n[None], [question], 10)[0] for audio, n, question in alone] == texts
     batch.answers = [[], [], []]
-    how = dict(max_new_tokens=10, do_sample=False, eos_token_id=sorted(model.tokenizer.stop), pad_token_id=0)
+    how = dict(max_new_tokens=10, do_sample=False, eos_token_id=sorted(model.decoder.tokenizer.stop), pad_token_id=0)
     theirs = [qwen[1].generate(inputs_embeds=embeds, **how)[0] for embeds in chats(model, qwen[1], batch)]
-    assert [model.tokenizer.decode(ids.tolist()) for ids in theirs] == texts
+    assert [model.decoder.tokenizer.decode(ids.tolist()) for ids in theirs] == texts
 
 
 # ---------------------------------------------------------------- folders
@@ -507,14 +494,14 @@ BAD_FOLDERS = {  # what is done to a good folder, and what the one line must nam
     "config is not JSON": (write("config.json", "{"), "config.json is not JSON"),
     "config is a list": (write("config.json", "[]"), "config.json"),
     "another architecture": (edit_config(model_type="llama"), "model_type is 'llama'"),
-    "config lacks a size": (remove_key("hidden_size"), "config.json lacks hidden_size"),
+    "config lacks a size": (remove_key("hidden_size"), "config.json: hidden_size is 'missing'"),
     "yarn positions": (edit_config(rope_parameters={"rope_type": "yarn"}), "rope type is 'yarn'"),
     "yarn, older place": (edit_config(rope_parameters=None, rope_scaling={"type": "yarn"}), "type is 'yarn'"),
     "sliding window": (edit_config(use_sliding_window=True), "use_sliding_window"),
     "other width": (edit_config(hidden_size=60), "shape of embed_tokens.weight is (521, 56)"),
-    "a size is text": (edit_config(hidden_size="56"), "hidden_size is '56'; need whole numbers above 0"),
+    "a size is text": (edit_config(hidden_size="56"), "hidden_size is '56'; need a whole number above 0"),
     "a size is null": (edit_config(num_key_value_heads=None),
-                       "num_key_value_heads is None; need whole numbers above 0"),
+                       "num_key_value_heads is None; need a whole number above 0"),
     "rope is text": (edit_config(rope_parameters="x"), "rope settings are 'x'; need an object"),
     "index is a list": (write("model.safetensors.index.json", '{"weight_map": []}'), "weight_map is no object"),
     "missing shard": (remove("model-00002*"), "model-00002"),
@@ -523,7 +510,7 @@ BAD_FOLDERS = {  # what is done to a good folder, and what the one line must nam
     "damaged weights": (cut_weights, "is damaged"),
     "no tokenizer": (remove("tokenizer.json"), "tokenizer.json is missing"),
     "damaged tokenizer": (write("tokenizer.json", "{"), "tokenizer.json"),
-    "no chat tokens": (tokenizer_of(), "lacks the chat tokens <|im_start|>, <|im_end|>"),
+    "no chat tokens": (tokenizer_of(), "lacks the chat token <|im_start|>"),
     "too many tokens": (tokenizer_of("<|im_start|>", "<|im_end|>", *map(str, range(300))), "vocabulary of 521"),
 }
 
@@ -538,12 +525,81 @@ def sharded_qwen(tmp_path_factory):
 @pytest.mark.parametrize("fault", BAD_FOLDERS)
 def test_bad_decoder_folder_gives_one_clear_line(fault, whisper, sharded_qwen, tmp_path):
     shutil.copytree(sharded_qwen, tmp_path, dirs_exist_ok=True)
-    UniWhisper.from_folders(whisper[0], tmp_path)  # good as it is
+    joint_model(whisper[0], tmp_path)  # good as it is
     spoil, says = BAD_FOLDERS[fault]
     spoil(tmp_path)
     with pytest.raises((ValueError, FileNotFoundError)) as e:
-        UniWhisper.from_folders(whisper[0], tmp_path)
+        joint_model(whisper[0], tmp_path)
     assert_one_line(e, str(tmp_path), says)
+
+
+@pytest.mark.parametrize("carried", [
+    dict(truncation=dict(direction="Right", max_length=4, strategy="LongestFirst", stride=0)),
+    dict(padding=dict(strategy={"Fixed": 40}, direction="Left", pad_to_multiple_of=None, pad_id=0, pad_type_id=0,
+                      pad_token="<|endoftext|>")),
+    dict(post_processor=dict(type="TemplateProcessing", pair=[{"Sequence": {"id": "A", "type_id": 0}}],
+                             single=[{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}},
+                                     {"Sequence": {"id": "A", "type_id": 0}}],
+                             special_tokens={"<|endoftext|>": dict(id="<|endoftext|>", ids=[0], tokens=["<|endoftext|>"])})),
+    dict(model=dict(dropout=0.9)),
+])
+def test_what_a_saved_tokenizer_carries_along_changes_no_ids(qwen, tmp_path, carried):
+    path = tmp_path / "tokenizer.json"
+    saved = json.loads((Path(qwen[0]) / "tokenizer.json").read_text())
+    for key, value in carried.items():
+        saved[key] = saved[key] | value if key == "model" else value
+    path.write_text(json.dumps(saved))
+    clean, ours = ChatTokenizer.from_pretrained(qwen[0]), ChatTokenizer.from_pretrained(tmp_path)
+    text = "which language is spoken? the instrument playing a dog barks"
+    assert ours.answer(text) == clean.answer(text) and len(clean.answer(text)) > 8
+    assert ours.prompt("x") == clean.prompt("x") and ours.tail == clean.tail
+
+
+def test_of_two_sets_of_weights_transformers_is_read_and_said(sharded_qwen, tmp_path, capsys):
+    shutil.copytree(sharded_qwen, tmp_path, dirs_exist_ok=True)
+    newer = {k: 2 * v for k, v in uniwhisper.read_weights(tmp_path).items()}
+    save_file(newer, tmp_path / "model.safetensors", {"format": "pt"})
+    assert capsys.readouterr().err == ""
+    assert_decoder_equals(tmp_path, transformers.Qwen2ForCausalLM.from_pretrained(tmp_path))
+    assert "reading model.safetensors, as transformers does" in capsys.readouterr().err
+
+
+LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model-00001*"])
+def test_a_git_lfs_pointer_is_named(sharded_qwen, tmp_path, name):
+    shutil.copytree(sharded_qwen, tmp_path, dirs_exist_ok=True)
+    next(tmp_path.glob(name)).write_text(LFS)
+    with pytest.raises(ValueError) as e:
+        load_decoder(tmp_path)
+    assert_one_line(e, str(tmp_path), "run `git lfs pull`")
+
+
+def test_weights_with_a_foreign_prefix_show_the_names_that_are_there(whisper, qwen, tmp_path):
+    for folder, load in ((whisper[0], load_encoder), (qwen[0], load_decoder)):
+        shutil.copytree(folder, tmp_path / load.__name__)
+        tensors = load_file(Path(folder) / "model.safetensors")
+        save_file({"_orig_mod." + k: v for k, v in tensors.items()}, tmp_path / load.__name__ / "model.safetensors")
+        with pytest.raises(ValueError) as e:
+            load(tmp_path / load.__name__)
+        assert_one_line(e, str(tmp_path), "_orig_mod.")
+
+
+def test_a_runs_folder_or_a_hubs_name_in_place_of_a_checkpoint(whisper, tmp_path):
+    shutil.copytree(whisper[0], tmp_path / "encoder")
+    (tmp_path / "config.json").write_text('{"steps": 3}')
+    with pytest.raises(ValueError) as e:
+        load_encoder(tmp_path)
+    assert_one_line(e, str(tmp_path), f"did you mean {tmp_path}/encoder?")
+    with pytest.raises(FileNotFoundError) as e:
+        load_decoder("Qwen/Qwen2.5-0.5B-Instruct")
+    assert_one_line(e, "Qwen/Qwen2.5-0.5B-Instruct/config.json is missing", "not a hub's name")
+
+
+def test_a_saved_folder_can_be_read_by_others(whisper, tmp_path):
+    load_encoder(whisper[0]).save(tmp_path, whisper[0])
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in tmp_path.iterdir())
 
 
 def test_a_qwen_folder_is_refused_as_an_encoder(qwen):
@@ -561,7 +617,7 @@ def test_saved_encoder_loads_in_transformers_with_equal_features(kind, has_sourc
             p.mul_(1.1)  # as if trained
     for path in folder.glob("*.json"):
         path.chmod(0o444)  # as a download cache may have it
-    save_encoder(encoder, tmp_path, folder if has_source else None)
+    encoder.save(tmp_path, folder if has_source else None)
     assert all(path.stat().st_mode & 0o200 for path in tmp_path.iterdir())  # to be written again
     theirs, report = transformers.WhisperModel.from_pretrained(tmp_path, output_loading_info=True)
     lost = [k for k in report["missing_keys"] if has_source or k.startswith("encoder.")]
@@ -591,7 +647,7 @@ def run(model, whisper, qwen, tmp_path):
         (folder / "adapter").mkdir(parents=True)
         with torch.no_grad():
             model.encoder.layers[0].fc1.weight.mul_(1.2)
-        save_encoder(model.encoder, folder / "encoder")
+        model.encoder.save(folder / "encoder")
         save_file(model.adapter.state_dict(), folder / "adapter/model.safetensors")
     (out / "checkpoints/.writing-00000003").mkdir()  # cut short while it was written
     (out / "config.json").write_text(json.dumps(settings))
@@ -608,7 +664,7 @@ def test_load_run_takes_the_newest_whole_checkpoint(run, model):
     loaded = load_run(run)
     assert not loaded.training
     batch = batch_of(model)
-    assert torch.equal(loaded(batch)[0], model(batch)[0])
+    assert torch.equal(loaded(batch), model(batch))
     shutil.rmtree(run / "checkpoints")
     assert newest_checkpoint(run) is None
     with pytest.raises(FileNotFoundError, match="no config.json with a finished checkpoint"):
@@ -645,15 +701,44 @@ def test_encode_writes_the_features_of_each_clip(whisper, tmp_path, monkeypatch,
 
 def test_features_that_cannot_be_written_are_one_line(whisper, tmp_path, monkeypatch):
     clip = write_clip(tmp_path / "a.wav")
+    (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit) as e:
-        command(monkeypatch, "encode", clip, "--encoder", whisper[0], "--out", tmp_path / "gone/f.safetensors")
+        command(monkeypatch, "encode", clip, "--encoder", whisper[0], "--out", tmp_path / "file/f.safetensors")
     assert_one_line(e, "error: ")
+
+
+def test_encode_takes_manifests_pools_and_names_what_it_skips(whisper, tmp_path, monkeypatch):
+    a, b = write_clip(tmp_path / "a.wav", tone(1.0)), write_clip(tmp_path / "b.wav", tone(0.5, 700))
+    rows = [dict(audio="b.wav"), dict(audio="gone.wav", seconds=1.0)]
+    manifest = write_manifest(tmp_path / "rows.jsonl", rows)
+    out = tmp_path / "new/f.safetensors"
+    with pytest.raises(SystemExit) as e:
+        command(monkeypatch, "encode", a, manifest, "--encoder", whisper[0], "--out", out, "--pool")
+    assert_one_line(e, "error: skipped: ", "gone.wav")
+    features, encoder = load_file(out), load_encoder(whisper[0])
+    assert features.keys() == {str(a), "b.wav"}
+    audio = torch.from_numpy(tone(0.5, 700))
+    expected = encoder.encode(audio[None], torch.tensor([len(audio)]))[0][0].mean(0)
+    assert_close(features["b.wav"], expected.detach(), 1e-3)
+
+
+@pytest.mark.parametrize("words", ["encode {clip} --encoder {whisper} --out {clip}",
+                                   "encode {clip} --encoder {whisper} --out {folder}/../{folder.name}/a.wav",
+                                   "export --run {run} {run}", "export --run {run} {whisper}",
+                                   "export --run {run} {run}/checkpoints/step-00000002/encoder"])
+def test_a_command_does_not_overwrite_what_it_reads(run, whisper, tmp_path, monkeypatch, words):
+    clip = write_clip(tmp_path / "a.wav")
+    before = {p: p.read_bytes() for p in [*tmp_path.rglob("*"), *whisper[0].rglob("*")] if p.is_file()}
+    with pytest.raises(SystemExit) as e:
+        command(monkeypatch, *words.format(clip=clip, whisper=whisper[0], run=run, folder=tmp_path).split())
+    assert_one_line(e, "error: ", "write to another place")
+    assert before == {p: p.read_bytes() for p in [*tmp_path.rglob("*"), *whisper[0].rglob("*")] if p.is_file()}
 
 
 def test_ask_prints_the_answer(run, tmp_path, monkeypatch, capsys):
     clip = write_clip(tmp_path / "a.wav", noise(RATE).numpy(), subtype="FLOAT")
     command(monkeypatch, "ask", clip, "Who speaks?", "--run", run, "--max-new-tokens", 7)
-    assert capsys.readouterr().out == load_run(run).generate(noise(RATE)[None], ["Who speaks?"], 7)[0] + "\n"
+    assert capsys.readouterr().out == load_run(run).generate(noise(RATE)[None], torch.tensor([RATE]), ["Who speaks?"], 7)[0] + "\n"
 
 
 @pytest.mark.parametrize("blend", [None, 0.5, 0])
@@ -673,5 +758,5 @@ def test_command_line_tells_what_is_wrong_in_one_line(whisper, tmp_path):
     words = ["encode", tmp_path / "a.wav", "--encoder", whisper[0], "--out", tmp_path / "f.safetensors"]
     done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True)
     assert done.returncode == 1 and not (tmp_path / "f.safetensors").exists()
-    assert done.stderr.startswith("error: ") and "a.wav: not readable as audio" in done.stderr
+    assert done.stderr.startswith("error: skipped: ") and "a.wav: not readable as audio" in done.stderr
     assert done.stderr.count("\n") == 1
