@@ -3,7 +3,7 @@
     python data.py A.jsonl 'shards/*.tar' [--decode]    # what is there; can it be read?
     python data.py 'shards/*.tar' --index all.index     # scanned once; opens at once
 
-Knows no model: audio comes out as samples, text as the ids that a given tokenizer makes of it.
+Knows no model: audio comes out as samples, text as the ids of a given tokenizer.
 """
 import argparse
 import difflib
@@ -71,8 +71,10 @@ TEMPLATES = {
 
 # ---------------------------------------------------------------- audio
 
-UNKNOWN = 2**40  # frames; libsndfile gives more where a header tells no length
-PIPED = 2**31 - 2**16  # bytes; a writer that cannot seek back leaves this size or more
+# libsndfile gives more frames where a header tells no length.
+UNKNOWN = 2**40
+# A writer that cannot seek back leaves this size, in bytes, or more.
+PIPED = 2**31 - 2**16
 POINTER = b"version https://git-lfs"
 # What a stream begins with, and the frame of an MP3 that tells flags, frames and bytes.
 STREAM = re.compile(rb"(RIFF|RF64)....WAVE|riff\x2e\x91|FORM....AIF|fLaC\0\0\0\x22|"
@@ -103,8 +105,7 @@ def read_bytes(path, at: int = 0, size: int = -1) -> bytes:
             time.sleep(wait)
 
 
-def read_audio(source, sample_rate: int = 16_000, max_seconds: float | None = None,
-               name: str | None = None, silence: bool = False) -> torch.Tensor:
+def read_audio(source, sample_rate=16_000, max_seconds=None, name=None, silence=False):
     """A file's path or its bytes -> (S,) float32 at `sample_rate`, channels averaged.
 
     Raises AudioError: unreadable, cut, too long, not finite, all zero (unless `silence`).
@@ -120,9 +121,11 @@ def read_audio(source, sample_rate: int = 16_000, max_seconds: float | None = No
             raise AudioError("holds samples that are NaN or infinite")
         if not silence and not samples.any():
             raise AudioError("all samples are zero")
-        mono, power = samples.mean(1), np.square(samples).mean(0)
-        if np.square(mono).mean() < 0.01 * power.max():  # the channels cancel
-            mono = samples[:, power.argmax()].copy()
+        channels = samples.shape[1]
+        mono = samples @ np.full(channels, 1 / channels, np.float32)
+        power = [np.dot(channel, channel) for channel in samples.T]
+        if np.dot(mono, mono) < 0.01 * max(power):  # the channels cancel: take the loudest
+            mono = samples[:, np.argmax(power)].copy()
         return resample(torch.from_numpy(mono), rate, sample_rate)
     except AudioError as e:
         fault = e
@@ -141,7 +144,7 @@ def check_length(seconds: float, limit: float | None) -> None:
 def decode(raw: bytes) -> tuple[np.ndarray, int]:
     """A file's bytes -> (samples (S, channels) float32, rate in Hz)."""
     if not raw or raw.startswith(POINTER):
-        raise AudioError("a git-LFS pointer; git lfs pull" if raw else "the file is empty")
+        raise AudioError("a pointer; git lfs pull" if raw else "the file is empty")
     if holds_another(raw):
         raise AudioError("several recordings in one file; split it, or join them: "
                          "ffmpeg -i IN OUT.flac (not WAV, AIFF)")
@@ -153,7 +156,8 @@ def decode(raw: bytes) -> tuple[np.ndarray, int]:
         if frames > UNKNOWN:
             raise AudioError("its header does not tell its length; ffmpeg -i IN OUT.flac")
         size = int(re.search(r"\ndata : (\d+)|$", log)[1] or PIPED)
-        too_small = not frames or "Unknown chunk marker" in log  # more data follows, no chunk
+        # After data of too small a size comes no chunk, but more data.
+        too_small = not frames or "Unknown chunk marker" in log
         if raw[:4] == b"RIFF" and size < PIPED and too_small:
             header = b"data" + struct.pack("<I", size)
             return decode(raw.replace(header, b"data\xff\xff\xff\xff", 1))
@@ -164,7 +168,7 @@ def decode(raw: bytes) -> tuple[np.ndarray, int]:
 
 
 class Lengthless(io.BytesIO):
-    """Seems 40 times as long, so that libsndfile reads an MP3 without a length to its end."""
+    """Seems longer, so that libsndfile reads an MP3 without a length to its end."""
 
     def seek(self, offset, whence=0):
         if (offset, whence) == (0, os.SEEK_END):
@@ -181,7 +185,8 @@ def holds_another(raw: bytes) -> bool:
         untold_before = raw[:1] == b"\xff" and told.start() > 0
         told_after = MP3_LENGTH.search(raw, told.end()) is not None
         return untold_before or told_after or raw[end : end + 1] == b"\xff"
-    at = raw.find(raw[:4], 300) if STREAM.match(raw) else -1  # Ogg's tracks begin before
+    # All tracks of one Ogg stream begin before byte 300.
+    at = raw.find(raw[:4], 300) if STREAM.match(raw) else -1
     while at > 0 and not STREAM.match(raw, at):
         at = raw.find(raw[:4], at + 1)
     return at > 0
@@ -202,14 +207,15 @@ def is_cut(raw: bytes, log: str) -> bool:
 
 @lru_cache(maxsize=32)
 def sinc_kernel(old: int, new: int, zeros: int = 64, attenuation: float = 80.0):
-    """Kaiser-windowed sinc for each of `new` phases: ((old + 2 * reach, new), reach).
+    """Kaiser-windowed sinc of `new` phases: ((old + 2 * reach, new), reach).
 
     `zeros` zero crossings a side; images and aliases lie `attenuation` dB down (Kaiser's
     formulas); the pass band ends 8 % below the lower Nyquist frequency.
     """
     beta = 0.1102 * (attenuation - 8.7)
-    transition = (attenuation - 8) / (2.285 * 2 * zeros * math.pi)  # share of Nyquist
-    cutoff = min(old, new) * (1 - transition / 2)  # the stop band begins at Nyquist
+    # The stop band begins at the lower Nyquist frequency.
+    transition = (attenuation - 8) / (2.285 * 2 * zeros * math.pi)
+    cutoff = min(old, new) * (1 - transition / 2)
     reach = math.ceil(zeros * old / cutoff)  # input samples
     taps = torch.arange(-reach, old + reach, dtype=torch.float64)[:, None]
     phases = torch.arange(new, dtype=torch.float64)
@@ -288,7 +294,8 @@ def scan_tar(path: str):
                 place = text.offset_data, audio.offset_data, audio.size, text.size
                 text, audio = tar.extractfile(text).read(), tar.extractfile(audio)
                 yield f"{path}: {key}.json", text, audio, place
-        rest = os.path.getsize(path) - tar.offset  # tarfile stops at what is no header
+        # tarfile stops at what is no header.
+        rest = os.path.getsize(path) - tar.offset
         if not 512 <= rest <= 2**20 or read_bytes(path, tar.offset).strip(b"\0"):
             raise ValueError(f"cut short, damaged or several tars in one, after {tar.offset} "
                              "bytes; fetch it again")
@@ -321,9 +328,10 @@ def text_of(row: dict, key: str, usual: str) -> str:
     return usual if row.get(key) is None else str(row[key])
 
 
-def check_row(row: dict, seconds, answers: bool, max_seconds: float | None) -> int:
-    """A row's text_bytes (-1: unfit for training). Raises ValueError if it is unfit at all."""
-    own = answers or "audio" in row  # others' tars, which are probed, have keys of their own
+def check_row(row: dict, seconds, answers, max_seconds) -> int:
+    """A row's text_bytes, -1 if it is unfit for training. Raises ValueError."""
+    # Tars of others, which are probed, have keys of their own.
+    own = answers or "audio" in row
     for key in row:
         meant = meant_key(key)
         if own and meant and meant not in row:
@@ -369,7 +377,7 @@ def text_bytes(row: dict) -> int:
     return len(((instruction or TEMPLATES[task][0]) + answer).encode())
 
 
-def scan(paths: list[str], answers: bool, keep, max_seconds: float | None):
+def scan(paths: list[str], answers, keep, max_seconds):
     """Manifests and tars -> (names and counts; table of ROW), see Rows."""
     table, problems = bytearray(), []
     tasks, splits, counts = {}, {}, Counter()
@@ -425,7 +433,7 @@ def open_index(path: str):
         facts = json.loads(head)
         table = np.memmap(path, ROW, "r", len(head), (facts["rows"],))
     except (ValueError, KeyError):
-        raise ValueError(f"{path}: is no index; write it again (data.py --index)") from None
+        raise ValueError(f"{path}: is no index; write it again") from None
     for data, before in zip(facts["paths"], facts["stamps"]):
         if stamp(data) != before:
             raise ValueError(f"{path}: {data} has changed; write the index again")
@@ -448,7 +456,7 @@ class Rows:
     Raises ValueError with one line for each of the first ten bad rows.
     """
 
-    def __init__(self, paths, answers: bool = False, splits=None, max_seconds: float | None = None):
+    def __init__(self, paths, answers=False, splits=None, max_seconds=None):
         paths = expand([paths] if isinstance(paths, (str, os.PathLike)) else paths)
         if paths[0].endswith(".index"):
             facts, self.table = open_index(*paths)
@@ -459,7 +467,8 @@ class Rows:
         self.seconds, self.text = self.table["seconds"], self.table["text"]
         self.task, self.split = self.table["task"], self.table["split"]
         limit = math.inf if max_seconds is None else max_seconds + 1e-3
-        bad = (self.seconds > limit) | (self.text < 0) & answers  # none but in an index
+        # What a scan would have refused may be in an index.
+        bad = (self.seconds > limit) | (self.text < 0) & answers
         for i in np.flatnonzero(bad).tolist():
             if splits is None or self.splits[self.split[i]] in splits:
                 try:
@@ -487,7 +496,7 @@ class Rows:
             return path, at, size
         return os.path.join(os.path.dirname(path), (row or self[i])["audio"]), 0, -1
 
-    def read(self, i: int, sample_rate: int = 16_000, max_seconds: float | None = None):
+    def read(self, i: int, sample_rate=16_000, max_seconds=None):
         """Row i and its samples (S,), float32. Raises AudioError."""
         try:
             row = self[i]
@@ -497,7 +506,7 @@ class Rows:
         except AudioError as e:
             raise AudioError(f"{self.name(i)}: {e}") from None
 
-    def audio(self, i: int, sample_rate: int = 16_000, max_seconds: float | None = None):
+    def audio(self, i: int, sample_rate=16_000, max_seconds=None) -> torch.Tensor:
         return self.read(i, sample_rate, max_seconds)[1]
 
     def name(self, i: int) -> str:
@@ -547,14 +556,15 @@ def expand(paths) -> list[str]:
 # ---------------------------------------------------------------- sampling
 
 POOL = 64  # batches
-JITTER = 0.1  # of lengths before sorting: tasks of one length must not fill a batch
+# Lengths vary by this share before they are sorted: one task alone must not fill a batch.
+JITTER = 0.1
 SHORTEST = 0.1  # seconds
 # A batch costs its rows times (longest audio + longest text), for both are padded. A token of
-# text costs about what 0.06 s of audio do (Whisper base, Qwen 0.5B); a prompt has 15 of its own.
-TOKEN_SECONDS = 0.06
+# text, of 4 bytes, costs what one of audio does, 0.08 s; a prompt has 15 tokens of its own.
+TOKEN_SECONDS = 0.08
 
 
-def task_shares(rows: Rows, index, temperature: float = 2.0, weights=None) -> dict[int, float]:
+def task_shares(rows: Rows, index, temperature=2.0, weights=None) -> dict[int, float]:
     """{task number: its share of the rows in training}, for the rows numbered `index`.
 
     weights: {task: weight}; else tasks weigh rows ** (1 / temperature): 1 as they are, higher
@@ -579,8 +589,7 @@ def task_shares(rows: Rows, index, temperature: float = 2.0, weights=None) -> di
     return {task: weight / total for task, weight in shares.items() if weight}
 
 
-def sample_batches(rows: Rows, index, shares: dict, batch_seconds: float, seed: int = 0,
-                   start: int = 0, step: int = 1):
+def sample_batches(rows: Rows, index, shares, batch_seconds: float, seed=0, start=0, step=1):
     """Endless seeded batches: yields (batch number, row numbers), batch `start` first.
 
     Batches come in pools of 64. A pool takes from every task its exact share, next in line of
@@ -589,9 +598,9 @@ def sample_batches(rows: Rows, index, shares: dict, batch_seconds: float, seed: 
     without those before it, so the state of a run is one number: the batches that all ranks
     have taken. Rank r of R starts at this number + r, with step R.
     """
-    members, mean = {}, 0.0
+    members, mean, task_of = {}, 0.0, rows.task[index]
     for task, share in shares.items():
-        members[task] = index[rows.task[index] == task]
+        members[task] = index[task_of == task]
         seconds = np.maximum(rows.seconds[members[task]], SHORTEST)
         mean += share * float(seconds.mean())
     # Rounding can take a row from each task's share of a pool; every batch needs a row.
@@ -629,7 +638,8 @@ def cut_evenly(rows: Rows, picked, draw) -> list[list[int]]:
     text = TOKEN_SECONDS * (15 + np.maximum(rows.text[picked], 0) / 4)
     about = seconds * draw.uniform(1 - JITTER, 1 + JITTER, len(picked)) + text
     order = np.argsort(about, kind="stable")
-    picked, seconds, text = (column[order].tolist() for column in (picked, seconds, text))
+    picked, seconds = picked[order].tolist(), seconds[order].tolist()
+    text = text[order].tolist()
     low, high = 0.0, len(picked) * (max(seconds) + max(text))
     for _ in range(24):  # the smallest limit that gives no more batches
         middle = (low + high) / 2
@@ -638,7 +648,8 @@ def cut_evenly(rows: Rows, picked, draw) -> list[list[int]]:
         else:
             low = middle
     batches = cut(picked, seconds, high, text)
-    while len(batches) < POOL:  # ties can leave a batch too few: halve the fullest
+    # Ties can leave a batch too few: halve the fullest.
+    while len(batches) < POOL:
         sizes = [len(batch) for batch in batches]
         fullest, half = sizes.index(max(sizes)), max(sizes) // 2
         batches[fullest : fullest + 1] = batches[fullest][:half], batches[fullest][half:]
@@ -658,7 +669,7 @@ def cut(rows, seconds, limit: float, text=None) -> list[list[int]]:
     return batches
 
 
-def held_out(rows: Rows, split: str, per_task: int, batch_seconds: float, seed: int = 0) -> list:
+def held_out(rows: Rows, split: str, per_task: int, batch_seconds: float, seed=0):
     """A fixed held-out set as (number, row numbers) of its batches: up to `per_task` rows of
     each task (0: all), by length."""
     index, picked = rows.where(split), []
@@ -714,8 +725,7 @@ class Batches(Dataset):
     tokenizer: has prompt(instruction) -> ids and answer(text) -> ids.
     """
 
-    def __init__(self, rows: Rows, tokenizer, seed: int = 0, max_seconds: float | None = None,
-                 sample_rate: int = 16_000):
+    def __init__(self, rows: Rows, tokenizer, seed=0, max_seconds=None, sample_rate=16_000):
         self.rows, self.tokenizer, self.seed = rows, tokenizer, seed
         self.max_seconds, self.sample_rate = max_seconds, sample_rate
 
@@ -762,7 +772,7 @@ def leave_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 
-def loader(batches: Batches, specs, workers: int, pin_memory: bool = False) -> DataLoader:
+def loader(batches: Batches, specs, workers: int, pin_memory=False):
     """Batches of `specs` in their order, made by `workers` processes (0: here)."""
     # Forked workers share the rows' memory; Python 3.14 has another default.
     how = dict(multiprocessing_context="fork", prefetch_factor=4) if workers else {}
@@ -773,12 +783,12 @@ def loader(batches: Batches, specs, workers: int, pin_memory: bool = False) -> D
 # ---------------------------------------------------------------- command line
 
 def main():
-    """Say what the data holds; bad rows, and with --decode bad clips, make the exit code 1."""
+    """Say what the data holds. Exit code 1: a bad row or, with --decode, a bad clip."""
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("data", nargs="+", help="manifests (.jsonl) and tars; globs work")
-    p.add_argument("--decode", action="store_true", help="name the clips that cannot be read")
-    p.add_argument("--index", metavar="FILE.index", help="write what was found to this file")
+    p.add_argument("--decode", action="store_true", help="name clips that cannot be read")
+    p.add_argument("--index", metavar="FILE.index", help="write what was found here")
     args = p.parse_args()
     sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -21,7 +21,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -36,7 +35,8 @@ from torch.nn.utils.rnn import pad_sequence
 import data
 import uniwhisper
 from data import AudioError, Rows
-from uniwhisper import UniWhisper, flag, load_decoder, load_encoder, new_adapter, parse_flags
+from uniwhisper import (UniWhisper, flag, load_decoder, load_encoder, new_adapter, parse_flags,
+                        refuse_to_overwrite)
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -257,19 +257,19 @@ class Parts(NamedTuple):
     neighbours: torch.Tensor
 
 
-def fit(model, loss_of, count, valid_score, spec):
+def fit(model, loss_of, items, valid_score, spec):
     """Adam at 1e-3, a cosine down to a tenth -> the epoch, the one with the best valid_score().
 
-    loss_of(items): mean loss of some of the `count` items of train.
+    loss_of(some): mean loss of some of train's items (their numbers).
     """
-    device = next(model.parameters()).device
     adam = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, spec.epochs, eta_min=1e-4)
     best = -math.inf
     for epoch in range(1, spec.epochs + 1):
-        for items in torch.randperm(count).to(device).split(spec.batch):
+        order = torch.randperm(len(items)).to(items.device)
+        for some in items[order].split(spec.batch):
             adam.zero_grad()
-            loss_of(items).backward()
+            loss_of(some).backward()
             adam.step()
         schedule.step()
         with torch.no_grad():
@@ -306,7 +306,6 @@ def score_probe(x, truth, measure, spec, size, parts, seed):
     weight = torch.tensor(spec.positive_weight, device=x.device)
 
     def loss_of(items):
-        items = parts.train[items]
         scores, answers = probe(x[items].float()), truth[items]  # (B, C), (B,) or (B, C)
         if answers.dim() == 1:
             return F.cross_entropy(scores, answers)
@@ -317,7 +316,7 @@ def score_probe(x, truth, measure, spec, size, parts, seed):
         scores = [probe(x[some].float()) for some in items.split(65536)]
         return measure(torch.cat(scores), items)
 
-    epoch = fit(probe, loss_of, len(parts.train), partial(score, parts.valid), spec)
+    epoch = fit(probe, loss_of, parts.train, partial(score, parts.valid), spec)
     return score(parts.test), epoch
 
 
@@ -373,7 +372,9 @@ def score_retrieval(x, captions, spec, parts, seed):
     def recall(x, owner, texts):
         return recall_at_1(*model(x, texts), owner)
 
-    epoch = fit(model, loss_of, len(owner), partial(recall, *pairs(parts.valid)), spec)
+    captions_of_train = torch.arange(len(owner), device=x.device)
+    valid_score = partial(recall, *pairs(parts.valid))
+    epoch = fit(model, loss_of, captions_of_train, valid_score, spec)
     return recall(*pairs(parts.test)), epoch
 
 
@@ -399,7 +400,7 @@ def score_transcription(tokens, texts, spec, encoder, decoder, parts, seed):
             prompts=[tokenizer.prompt(instruction)] * len(clips), answers=answers)
 
     def loss_of(items):
-        return model(batch_of(parts.train[items])).mean()
+        return model(batch_of(items)).mean()
 
     def valid_score():
         loss = 0.0
@@ -407,7 +408,7 @@ def score_transcription(tokens, texts, spec, encoder, decoder, parts, seed):
             loss += model(batch_of(clips)).sum().item()
         return -loss
 
-    epoch = fit(adapter, loss_of, len(parts.train), valid_score, spec)
+    epoch = fit(adapter, loss_of, parts.train, valid_score, spec)
     answers = []
     for clips in parts.test.split(spec.batch):
         batch = batch_of(clips)
@@ -807,45 +808,21 @@ def score(task, features, s, encoder, decoder=None):
             spec = replace(spec, batch=500 * spec.batch)
         size = x.shape[1], s.hidden, len(task.classes)
         score_once = partial(score_probe, x, truth, measure, spec, size)
-    runs = [score_once(parts, seed) for parts in turns for seed in seeds]
-    values = torch.tensor([value for value, _ in runs]).view(len(turns), -1).mean(0)  # (seeds,)
+    values, epochs = [], []
+    for parts in turns:
+        for seed in seeds:
+            value, epoch = score_once(parts, seed)
+            values.append(value)
+            epochs.append(epoch)
+    values = torch.tensor(values).view(len(turns), -1).mean(0)  # (seeds,)
     out = dict(domain=spec.domain, metric=spec.metric, classes=len(task.classes), test=test,
-               weight=spec.weight or test, knn=near, mlp=values.mean().item(),
-               epochs=[epoch for _, epoch in runs])
+               weight=spec.weight or test, knn=near, mlp=values.mean().item(), epochs=epochs)
     if len(values) > 1:
         out["mlp_std"] = values.std().item()
     return out
 
 
 @torch.no_grad()
-def knn_scores(encoder, tasks, train_clips=300, test_clips=200, **settings):
-    """{task: kNN score} of an encoder in training, on few clips a task, always the same.
-
-    Not on test: on valid, what `check` held out of train, or the last fold. settings: such as
-    device, see Settings. Raises ValueError.
-    """
-    s, training, scores = Settings(**settings), encoder.training, {}
-    encoder.eval()
-    try:
-        for task in tasks:
-            order = torch.randperm(len(task.clips), generator=torch.Generator().manual_seed(0))
-            clips = [task.clips[n] for n in order.tolist()]
-            held = {"valid", "held out", *task.folds[-1:]}
-            near = [c for c in clips if c.split not in held | {"test"}][:train_clips]
-            far = [c for c in clips if c.split in held][:test_clips]
-            alone = task.spec.metric == "1 - EER" and len(classes_of(far)) < 2
-            if task.spec.knn and near and far and not alone:
-                few = Task(task.name, task.spec, near + far)
-                x, clip, _ = extract(encoder, few, s, lambda text: None)
-                train = (clip < len(near)).nonzero()[:, 0]
-                test, truth = torch.arange(len(train), len(clip)), targets(few, clip)
-                votes = knn(x, truth, train, test)
-                scores[task.name] = CLIP_METRICS[task.spec.metric](votes, truth[test])
-    finally:
-        encoder.train(training)
-    return scores
-
-
 def averages(scores):
     """{task: scores} -> {domain or "all": means of kNN and MLP, by weight and plain}."""
     out = {}
@@ -906,23 +883,6 @@ def table(results):
     return "\n".join(lines)
 
 
-def plot(results, path):
-    """Bars for each task and encoder, kNN above MLP."""
-    from matplotlib.figure import Figure
-
-    tasks, width = list(next(iter(results.values()))), 0.8 / len(results)
-    figure = Figure(figsize=(2 + 0.4 * len(tasks) * (1 + len(results)), 7))
-    axes = figure.subplots(2, sharex=True)
-    for axis, key, title in zip(axes, ("knn", "mlp"), ("kNN", "MLP")):
-        for e, (name, scores) in enumerate(zip(short_names(results), results.values())):
-            places = [t + width * (e + 0.5) - 0.4 for t in range(len(tasks))]
-            axis.bar(places, [scores[t][key] or 0 for t in tasks], width, label=name)
-        axis.set(ylabel=title, ylim=(0, 1))
-    axes[0].legend(frameon=False)
-    axes[1].set_xticks(range(len(tasks)), tasks, rotation=45, ha="right")
-    figure.savefig(path, bbox_inches="tight", dpi=120)
-
-
 # ---------------------------------------------------------------- command line
 
 @dataclass(frozen=True)
@@ -932,6 +892,8 @@ class Settings:
     xares: str = flag("", "folder of X-ARES downloads: XARES/esc50/*.tar, ...")
     tasks: tuple[str, ...] = flag((), "score these tasks only")
     decoder: str = flag("", "Qwen folder, for transcription (else left out)")
+    on: str = flag("test", "split that is scored; choices are made on valid",
+                   choices=("test", "valid"))
     context: str = flag("clip", "encode clips at their length, or padded to 30 s as in Whisper",
                         choices=("clip", "30s"))
     layer: int | None = flag(None, "features after this layer (default: all)")
@@ -945,7 +907,6 @@ class Settings:
     seeds: int = flag(3, "probes of a task, for mean and spread")
     cache: str = flag(str(Path.home() / ".cache" / "uniwhisper"), "folder of kept features")
     json: str = flag("", "write settings and scores there")
-    plot: str = flag("", "draw the scores there (needs matplotlib)")
 
 
 def check_flags(s):
@@ -953,16 +914,11 @@ def check_flags(s):
     require(s.seeds > 0 and 0 < s.batch_seconds < math.inf,
             "--seeds and --batch-seconds must be positive")
     require(s.hidden >= 0 and s.epochs >= 0, "--hidden and --epochs must be 0 or more")
-    for path in filter(None, (s.json, s.plot)):
-        require(not Path(path).is_dir(), f"{path}: is a folder; name a file in it")
-        require(Path(path).absolute().parent.is_dir(), f"{path}: its folder does not exist")
-    if s.plot:
-        require(find_spec("matplotlib"), "--plot needs matplotlib: pip install matplotlib")
-        from matplotlib.backend_bases import FigureCanvasBase
-
-        formats = FigureCanvasBase.get_supported_filetypes()
-        require(Path(s.plot).suffix[1:].lower() in formats,
-                f"--plot {s.plot}: its name must end in .{', .'.join(sorted(formats))}")
+    if s.json:
+        folder = Path(s.json).absolute().parent
+        require(not Path(s.json).is_dir(), f"{s.json}: is a folder; name a file in it")
+        require(folder.is_dir(), f"{s.json}: its folder does not exist")
+        refuse_to_overwrite(s.json, *s.data)
     try:
         torch.empty(0, device=s.device)
     except (RuntimeError, AssertionError) as e:
@@ -980,7 +936,7 @@ def open_encoder(folder, layer):
 
 
 def find_tasks(s, say):
-    """The tasks to score, checked."""
+    """The tasks to score, checked; --on valid: with valid in the place of test."""
     own = {task.name: task for task in manifest_tasks(Rows(s.data))} if s.data else {}
     names = list(own)
     if s.xares:
@@ -1001,6 +957,10 @@ def find_tasks(s, say):
             say(f"note: {name} is left out: transcription needs --decoder")
             continue
         tasks.append(own[name] if name in own else xares_task(s.xares, name))
+        if s.on == "valid":
+            kept = [clip for clip in tasks[-1].clips if clip.split != "test"]
+            tasks[-1].clips = [c._replace(split="test") if c.split == "valid" else c
+                               for c in kept]
         check(tasks[-1], say)
     require(tasks, "no task to score; give --data or --xares")
     return tasks
@@ -1044,8 +1004,6 @@ def main():
             text = json.dumps({"settings": asdict(s), "encoders": encoders}, indent=1)
             Path(s.json).write_text(text + "\n")
         print(table(results))
-        if s.plot:
-            plot(results, s.plot)
     except (OSError, ValueError) as e:
         sys.exit(f"error: {e}")
     except torch.OutOfMemoryError as e:  # of a GPU

@@ -4,6 +4,7 @@
                                 from the JSON files there
     python tests/plot.py OUT    OUT/metrics.png from the OUT/metrics.jsonl of a run of
                                 train.py --out OUT
+    python tests/plot.py SCORES.json    SCORES.png from probe.py --json SCORES.json
 
 Needs matplotlib. (tests/results/method.svg is written by hand.)
 """
@@ -345,17 +346,38 @@ def draw_run(folder: Path) -> None:
     figure.savefig(folder / "metrics.png", dpi=120)
 
 
+def draw_scores(path: Path) -> None:
+    """Bars for each task and encoder of a file of probe.py --json, kNN above MLP."""
+    encoders = json.loads(path.read_text())["encoders"]
+    tasks = list(next(iter(encoders.values()))["tasks"])
+    width = 0.8 / len(encoders)
+    figure = Figure(figsize=(2 + 0.4 * len(tasks) * (1 + len(encoders)), 7))
+    axes = figure.subplots(2, sharex=True)
+    for axis, (key, title) in zip(axes, PROBES.items()):
+        for e, (name, scores) in enumerate(encoders.items()):
+            places = [t + width * (e + 0.5) - 0.4 for t in range(len(tasks))]
+            heights = [scores["tasks"][task][key] or 0 for task in tasks]
+            axis.bar(places, heights, width, label=name)
+        axis.set(ylabel=title, ylim=(0, 1))
+    axes[0].legend(frameon=False)
+    axes[1].set_xticks(range(len(tasks)), tasks, rotation=45, ha="right")
+    figure.savefig(path.with_suffix(".png"), bbox_inches="tight", dpi=120)
+    print(path.with_suffix(".png"))
+
+
 def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("out", nargs="?", type=Path, metavar="OUT",
-                        help="folder of a training run; without it "
-                             "README's pictures are drawn")
+                        help="folder of a training run, or scores of probe.py "
+                             "--json; without it README's pictures are drawn")
     out = parser.parse_args(argv).out
     if matplotlib is None:
         sys.exit("plot.py needs matplotlib: pip install matplotlib")
     try:
         with matplotlib.rc_context(STYLE):
-            if out:
+            if out and out.suffix == ".json":
+                draw_scores(out)
+            elif out:
                 draw_run(out)
             else:
                 draw_results(RESULTS)

@@ -110,3 +110,11 @@ def test_without_matplotlib(monkeypatch):
     monkeypatch.setattr(plot, "matplotlib", None)
     with pytest.raises(SystemExit, match="pip install matplotlib"):
         plot.main([])
+
+
+def test_scores_of_the_probe(tmp_path):
+    scores = {"encoders": {"a": {"tasks": {"drum": {"knn": 0.5, "mlp": 0.6}, "caption": {"knn": None, "mlp": 0.1}}},
+                           "b": {"tasks": {"drum": {"knn": 0.6, "mlp": 0.7}, "caption": {"knn": None, "mlp": 0.2}}}}}
+    (tmp_path / "scores.json").write_text(json.dumps(scores))
+    plot.main([str(tmp_path / "scores.json")])
+    assert (tmp_path / "scores.png").stat().st_size > 5000

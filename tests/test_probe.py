@@ -329,7 +329,7 @@ def test_the_best_epochs_weights_come_back():
         states.append(model.weight.item())
         return next(scores)
 
-    assert probe.fit(model, lambda items: model(torch.ones(1, 1)).sum(), 8, valid_score, spec(epochs=4)) == 3
+    assert probe.fit(model, lambda items: model(torch.ones(1, 1)).sum(), torch.arange(8), valid_score, spec(epochs=4)) == 3
     assert model.weight.item() == states[2] != states[3]
 
 
@@ -377,8 +377,8 @@ def value_after_fit(monkeypatch) -> list:
     """Of each module that probe.py fits: by what its epoch was chosen, after the last."""
     values, fit = [], probe.fit
 
-    def watched(model, loss_of, count, valid_score, spec):
-        epoch = fit(model, loss_of, count, valid_score, spec)
+    def watched(model, loss_of, items, valid_score, spec):
+        epoch = fit(model, loss_of, items, valid_score, spec)
         with torch.no_grad():
             values.append(valid_score())
         return epoch
@@ -542,18 +542,11 @@ def test_command_line(tmp_path, folder, capsys):
     assert f"{two['tasks']['notes']['mlp'] - r['mlp']:+.3f}" in text  # the difference to the first
 
 
-def test_plot(tmp_path, folder, monkeypatch):
-    scores = {"domain": "music", "metric": "accuracy", "test": 9, "weight": 9, "knn": 0.5, "mlp": 0.6, "mlp_std": 0.1}
-    if probe.find_spec("matplotlib"):
-        said = main("--encoder", folder, "--data", "x", "--plot", tmp_path / "f.xyz")
-        assert "f.xyz: its name must end in " in said and ".png" in said and "\n" not in said
-    monkeypatch.setattr(probe, "find_spec", lambda name: None)
-    assert (main("--encoder", folder, "--data", "x", "--plot", tmp_path / "f.png")
-            == "error: --plot needs matplotlib: pip install matplotlib")
-    pytest.importorskip("matplotlib")
-    probe.plot({"a/one": {"drum": scores, "caption": scores | {"knn": None}},
-                "a/two": {"drum": scores, "caption": scores}}, tmp_path / "f.png")
-    assert (tmp_path / "f.png").stat().st_size > 5000
+def test_scores_do_not_overwrite_the_manifest(tmp_path, folder):
+    manifest = write_manifest(tmp_path, "notes", note_rows())
+    before = open(manifest).read()
+    assert "write to another place" in main("--encoder", folder, "--data", manifest, "--json", manifest)
+    assert open(manifest).read() == before
 
 
 def test_averages_and_references():
@@ -571,30 +564,22 @@ def test_averages_and_references():
     assert "(paper)" not in probe.table({"e": paper | {"drum": r(0.5, 0.5, 9, "music")}})
 
 
-def test_scores_during_training(tmp_path, folder):
-    rows = Rows([write_manifest(tmp_path, "notes", note_rows(96)),
-                 write_manifest(tmp_path, "words", [({"answer": "hello", "split": "train"}, tone(300))])])
-    encoder = uniwhisper.WhisperEncoder.from_pretrained(folder).train()
-    tasks = probe.manifest_tasks(rows)
-    scores = probe.knn_scores(encoder, tasks, train_clips=40, test_clips=6, device="cpu")
-    assert scores == {"notes": 1.0} and encoder.training
-    valid = [n for n, clip in enumerate(tasks[0].clips) if clip.split == "valid"]
-    for n in valid:  # without valid: never on test
-        tasks[0].clips[n] = tasks[0].clips[n]._replace(split="held out")
-    assert probe.knn_scores(encoder, tasks, train_clips=40, test_clips=6, device="cpu") == scores
-    few = probe.Task("few", dataclasses.replace(tasks[0].spec, metric="1 - EER"),
-                     [c for c in tasks[0].clips if c.label != "low"])
-    high = [c for c in few.clips if c.split != "held out" or c.label == "high"]
-    assert probe.knn_scores(encoder, [few], device="cpu").keys() == {"few"}
-    assert probe.knn_scores(encoder, [dataclasses.replace(few, clips=high)], device="cpu") == {}  # one class is no EER
-    for n, clip in enumerate(tasks[0].clips):
-        tasks[0].clips[n] = clip._replace(split=n % 4)
-    assert probe.knn_scores(encoder, tasks[:1], device="cpu")["notes"] > 0.9
-    with torch.no_grad():
-        encoder.layers[0].fc1.bias[0] = math.nan
-    with pytest.raises(ValueError, match="not finite"):
-        probe.knn_scores(encoder, tasks, device="cpu")
-    assert encoder.training
+def test_on_valid_nothing_of_test_is_seen(tmp_path, folder):
+    """What a run is watched by, and choices are made on."""
+    rows = note_rows(96)
+    wrong = [(row | {"label": "high" if row["label"] == "low" else "low"} if row["split"] == "test" else row, clip)
+             for row, clip in rows]
+    scores = []
+    for name, some in (("right", rows), ("wrong", wrong)):
+        where = tmp_path / name
+        where.mkdir()
+        s = settings(tmp_path, encoder=(str(folder),), data=(write_manifest(where, "notes", some),), on="valid", seeds=1)
+        scores.append(probe.run(s, quiet)[str(folder)]["notes"])
+    assert scores[0] == scores[1] and scores[0]["knn"] > 0.9 and scores[0]["test"] == 24
+    few = [(row, clip) for row, clip in rows if row["split"] != "valid"]
+    (tmp_path / "few").mkdir()
+    said = main("--encoder", folder, "--data", write_manifest(tmp_path / "few", "notes", few), "--on", "valid")
+    assert "its splits are train; need train and test" in said
 
 
 def test_tagging_and_other_metrics(tmp_path, folder):
