@@ -1,14 +1,13 @@
 """Train an audio encoder through an adapter and a frozen decoder.
 
-    python train.py                                # the embedded example, three minutes
+    python train.py                            # the embedded example, three minutes
     python train.py --data *.jsonl --encoder whisper-base --decoder qwen --out OUT
-    torchrun --nproc-per-node=8 train.py ...       # several GPUs; --nnodes: machines
-    python train.py --resume --out OUT             # go on, on CPUs to the same bits
+    torchrun --nproc-per-node=8 train.py ...   # several GPUs; --nnodes: machines
+    python train.py --resume --out OUT         # go on, on CPUs to the same bits
 
 OUT gets config.json, metrics.jsonl, checkpoints/ and, at the end, encoder/.
 """
 import fcntl
-import itertools
 import json
 import math
 import os
@@ -19,7 +18,6 @@ import sys
 import time
 import zlib
 from collections import Counter
-from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from datetime import timedelta
 from pathlib import Path
@@ -30,11 +28,9 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from data import Batches, Rows, held_out, loader, sample_batches, task_shares
-from uniwhisper import (UniWhisper, flag, load_decoder, load_encoder, load_strictly,
-                        new_adapter, newest_checkpoint, open_run, parse_flags, read_json,
-                        read_weights, write_tensors)
+from uniwhisper import (UniWhisper, flag, load_model, newest_checkpoint, open_run,
+                        parse_flags, read_json, write_tensors)
 
-HERE = Path(__file__).parent
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Updates left out in a row that end a run; fp16 first has to find its loss scale.
 BAD_UPDATES = {"bf16": 5, "fp32": 5, "fp16": 25}
@@ -43,22 +39,22 @@ BAD_UPDATES = {"bf16": 5, "fp32": 5, "fp16": 25}
 @dataclass(frozen=True)
 class Settings:
     # data
-    data: tuple[str, ...] = flag((), "manifests (.jsonl) and tars; without: the example")
-    train_split: tuple[str, ...] = flag(("train",), "splits to train on; a row without is train")
-    valid_split: str = flag("valid", "split whose loss is reported, never trained on")
+    data: tuple[str, ...] = flag((), "manifests and tars; without: the example")
+    train_split: tuple[str, ...] = flag(("train",), "splits to train on")
+    valid_split: str = flag("valid", "split of the held-out losses and questions")
     max_seconds: float = flag(30.0, "longest clip")
     batch_seconds: float = flag(200.0, "audio seconds in a batch, padding counted")
     accumulate: int = flag(1, "batches in an update, on each rank")
     # assumption: the paper does not say how it mixes tasks
     temperature: float = flag(2.0, "a task of n rows weighs n ** (1 / temperature)")
-    task_weights: tuple[str, ...] = flag((), "the mixture instead, as TASK=WEIGHT; no other tasks")
-    workers: int = flag(4, "processes that read audio, on each rank; they change no batch")
+    task_weights: tuple[str, ...] = flag((), "or each task's weight, as TASK=WEIGHT")
+    workers: int = flag(4, "processes that read audio, on each rank")
     # model
     # assumption: the paper names no sizes
     encoder: str = flag("", "folder of the encoder to start from")
     decoder: str = flag("", "folder of the frozen decoder")
     adapter: str = flag("", "run whose adapter to start from; without: a new one")
-    stack: int = flag(4, "encoder tokens that the adapter joins into one audio token")
+    stack: int = flag(4, "encoder tokens that the adapter makes one audio token")
     # optimisation
     # assumption: the paper gives none of these values, nor what the loss is a mean over
     steps: int = flag(10_000, "updates")
@@ -68,7 +64,7 @@ class Settings:
     freeze_encoder: int = flag(0, "first updates, which train the adapter alone")
     weight_decay: float = flag(0.01, "AdamW's, of matrices")
     grad_clip: float = flag(1.0, "largest gradient norm")
-    loss: str = flag("token", "mean over an update's answer tokens, or over its clips",
+    loss: str = flag("token", "mean over an update's answer tokens, or its clips",
                      choices=("token", "example"))
     precision: str = flag("", "default: bf16 where the device has it, else fp32",
                           choices=tuple(PRECISIONS))
@@ -77,16 +73,16 @@ class Settings:
     device: str = flag("", "default: cuda if there is one", choices=("cuda", "cpu"))
     threads: int = flag(0, "CPU threads of this process (0: torch chooses)")
     compile: bool = flag(False, "torch.compile each layer")
-    checkpoint_layers: bool = flag(False, "recompute layers in backward: less memory, slower")
+    checkpoint_layers: bool = flag(False, "recompute layers in backward: saves memory")
     # reports and checkpoints
     out: str = flag("out", "folder of the run; several machines must share it")
     log_every: int = flag(10, "updates between log lines")
-    eval_every: int = flag(500, "updates between held-out losses")
+    eval_every: int = flag(500, "updates between held-out losses and questions")
     eval_clips: int = flag(64, "held-out clips of each task (0: all)")
-    questions: int = flag(3, "held-out questions of each task, answered at the same time")
+    questions: int = flag(3, "held-out questions of each task")
     save_every: int = flag(500, "updates between checkpoints")
     keep: int = flag(2, "checkpoints kept")
-    resume: bool = flag(False, "go on from OUT's newest checkpoint, with OUT's settings")
+    resume: bool = flag(False, "go on from OUT's newest checkpoint and settings")
 
 
 # What may differ in a resumed run; everything else would change its numbers.
@@ -95,14 +91,15 @@ FREE_ON_RESUME = ("resume", "out", "data", "workers", "checkpoint_layers", "step
 MAY_BE_0 = ("threads", "workers", "questions", "eval_clips", "warmup", "freeze_encoder",
             "seed", "lr_encoder", "lr_adapter", "weight_decay")
 # What `python train.py` alone means.
-EXAMPLE = dict(encoder=str(HERE / "weights/tiny/encoder"), out="out/example", steps=600,
-               decoder=str(HERE / "weights/tiny/decoder"), batch_seconds=32.0, warmup=20,
+TINY = Path(__file__).parent / "weights/tiny"
+EXAMPLE = dict(encoder=str(TINY / "encoder"), decoder=str(TINY / "decoder"),
+               out="out/example", steps=600, batch_seconds=32.0, warmup=20,
                lr_encoder=1e-3, lr_adapter=2e-3, workers=1, threads=1, log_every=25,
                eval_every=300, save_every=300, questions=4)
 
 
 def parse(argv=None) -> Settings:
-    """Command line -> settings. Raises ValueError for what does not fit together."""
+    """Command line -> settings. Raises ValueError for what cannot work."""
     given = parse_flags(Settings, __doc__, argv)
     defaults = {} if "data" in given else EXAMPLE
     saved = Path(given.get("out", EXAMPLE["out"]), "config.json")
@@ -114,14 +111,16 @@ def parse(argv=None) -> Settings:
         flag_name = "--" + name.replace("_", "-")
         if name in ("encoder", "decoder") and not value:
             raise ValueError(f"--data needs {flag_name}, a folder; see weights/README.md")
-        if type(value) in (int, float) and not 0 <= value < math.inf:
-            raise ValueError(f"{flag_name} is {value}; it must be 0 or more")
-        if type(value) in (int, float) and value == 0 and name not in MAY_BE_0:
-            raise ValueError(f"{flag_name} is {value}; it must be above 0")
+        if type(value) in (int, float):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{flag_name} is {value}; it must be 0 or more")
+            if value == 0 and name not in MAY_BE_0:
+                raise ValueError(f"{flag_name} is 0; it must be above 0")
     if s.valid_split in s.train_split:
         raise ValueError(f"--valid-split {s.valid_split} is also in --train-split")
-    device = s.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
+    gpu = torch.cuda.is_available()
+    device = s.device or ("cuda" if gpu else "cpu")
+    if device == "cuda" and not gpu:
         raise ValueError("--device is cuda, but there is no GPU that torch can use")
     fast_bf16 = torch.cpu._is_avx512_bf16_supported()
     if device == "cuda":
@@ -134,7 +133,7 @@ def parse(argv=None) -> Settings:
 # ---------------------------------------------------------------- ranks
 
 def start_ranks(s: Settings) -> None:
-    """Join the processes that torchrun started, each with its own GPU if there are any."""
+    """Join torchrun's processes, each with a GPU of its own."""
     if s.threads:
         torch.set_num_threads(s.threads)
     if s.device == "cuda":
@@ -165,7 +164,7 @@ def all_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def all_gather(thing=None) -> list:
-    """Every rank's `thing`; it also makes the ranks wait for each other."""
+    """Every rank's `thing`, on every rank; all wait for each other."""
     things = [thing] * world()
     if dist.is_initialized():
         dist.all_gather_object(things, thing)
@@ -173,7 +172,7 @@ def all_gather(thing=None) -> list:
 
 
 def together(make, *inputs):
-    """make(*inputs) on every rank; an error of one is raised on all, so none waits for it."""
+    """make(*inputs) on every rank; an error of one is raised on all."""
     result = error = None
     try:
         result = make(*inputs)
@@ -193,30 +192,26 @@ def say(text: str, file=None) -> None:
 # ---------------------------------------------------------------- model, optimizer, schedule
 
 def build_model(s: Settings, checkpoint: Path | None) -> UniWhisper:
-    """Encoder and adapter in float32, from a checkpoint if there is one.
-
-    The decoder is in the compute dtype, so that no step casts its weights.
-    """
-    torch.manual_seed(s.seed)  # the adapter's start, the same on every rank
-    encoder = load_encoder(checkpoint / "encoder" if checkpoint else s.encoder)
-    decoder = load_decoder(s.decoder, PRECISIONS[s.precision])
-    adapter = new_adapter(encoder, decoder, s.stack)
-    start = checkpoint or (s.adapter and open_run(s.adapter)[1])
-    if start:
-        load_strictly(adapter, read_weights(start / "adapter"), start / "adapter")
-    encoder.checkpoint_layers = decoder.checkpoint_layers = s.checkpoint_layers
-    if s.compile:
-        for layer in [*encoder.layers, *decoder.layers]:
-            layer.compile(dynamic=True)  # one graph for all lengths
-    return UniWhisper(encoder, adapter, decoder).to(s.device).train()
+    """Encoder and adapter in float32; the decoder in the compute dtype."""
+    torch.manual_seed(s.seed)  # a new adapter is the same on every rank
+    encoder, start = s.encoder, checkpoint
+    if checkpoint:
+        encoder = checkpoint / "encoder"
+    elif s.adapter:
+        start = open_run(s.adapter)[1]
+    adapter = start and start / "adapter"
+    model = load_model(encoder, s.decoder, s.stack, adapter, PRECISIONS[s.precision])
+    for part in (model.encoder, model.decoder):
+        part.checkpoint_layers = s.checkpoint_layers
+        if s.compile:
+            for layer in part.layers:
+                layer.compile(dynamic=True)  # one graph for all lengths
+    return model.to(s.device).train()
 
 
 def build_optimizer(s: Settings, model: UniWhisper, state: dict):
-    """AdamW, and the loss scaler that fp16 needs, as they stood in a checkpoint's state.
-
-    Groups "encoder" and "adapter", each twice: matrices, and vectors without decay.
-    """
-    groups = []
+    """AdamW and fp16's loss scaler, as they were at state["step"]."""
+    groups = []  # of encoder and adapter: matrices, and vectors, which do not decay
     for name in ("encoder", "adapter"):
         trained = [p for p in getattr(model, name).parameters() if p.requires_grad]
         matrices = [p for p in trained if p.ndim > 1]
@@ -232,9 +227,9 @@ def build_optimizer(s: Settings, model: UniWhisper, state: dict):
 
 
 def learning_rate(s: Settings, name: str, step: int) -> float:
-    """Of a parameter group in update `step`, 1 being the first: warm-up, cosine to a tenth.
+    """Of a parameter group in update `step` (from 1): warm-up, cosine to a tenth.
 
-    The encoder's own warm-up begins when it is no longer frozen.
+    The encoder's warm-up begins when it is no longer frozen.
     """
     highest = s.lr_encoder if name == "encoder" else s.lr_adapter
     first = s.freeze_encoder if name == "encoder" else 0
@@ -246,9 +241,8 @@ def wrap(s: Settings, model: UniWhisper):
     """DDP around the model where there are several ranks."""
     if world() == 1:
         return model
-    # DDP deals the gradients into new buckets after its first step, which in a resumed run
-    # is another one. With three ranks or more, gloo's order of adding depends on the
-    # buckets; find_unused_parameters keeps them as they are.
+    # DDP makes new buckets after its first step, which after a resume is another one, and
+    # gloo's sums over three ranks depend on the buckets. With this flag they stay.
     fixed = world() > 2 and s.device == "cpu"
     return DistributedDataParallel(model, gradient_as_bucket_view=True,
                                    find_unused_parameters=fixed)
@@ -259,7 +253,7 @@ def autocast(s: Settings):
 
 
 def token_weights(batch, loss: str) -> torch.Tensor:
-    """What each answer token (N,) counts: 1; in a mean over clips 1 / its answer's tokens."""
+    """What each answer token (N,) counts: 1, or 1 / its answer's tokens."""
     counts = torch.tensor(batch.answer_tokens)
     weights = 1 / counts if loss == "example" else torch.ones(len(counts))
     return weights.repeat_interleave(counts)
@@ -268,26 +262,25 @@ def token_weights(batch, loss: str) -> torch.Tensor:
 # ---------------------------------------------------------------- checkpoints
 
 def find_checkpoint(s: Settings) -> Path | None:
-    """The checkpoint to go on from. Raises ValueError where OUT holds something else."""
+    """The checkpoint to go on from; ValueError if OUT holds anything else."""
     newest = newest_checkpoint(s.out)
-    found = set(all_gather(newest and newest.name))
-    if len(found) > 1:
-        raise ValueError(f"{s.out}: the ranks find different checkpoints, {found}; "
-                         "all machines must share --out")
+    if len(set(all_gather(newest and newest.name))) > 1:
+        raise ValueError(f"{s.out}: not the same on all ranks; machines must share --out")
     for name in ("checkpoints", "encoder", "config.json"):
         go_on = s.resume and (newest or name != "encoder")
         if Path(s.out, name).exists() and not go_on:
-            raise ValueError(f"{s.out} holds {name} already: choose another --out, or go on "
-                             "from its last checkpoint with --resume")
+            raise ValueError(f"{s.out} holds {name} already: choose another --out, "
+                             "or go on with --resume")
     if s.resume and not newest:
         say(f"{s.out} has no finished checkpoint yet: starting at step 0")
     return newest
 
 
 def save_checkpoint(s: Settings, model: UniWhisper, state: dict) -> None:
-    """Rank 0 writes encoder/ (a Hugging Face folder), adapter/ and trainer.pt.
+    """Rank 0 writes encoder/, adapter/ (Hugging Face's format) and trainer.pt: `state`.
 
-    Into a folder beside, which is then renamed: one of the final name is whole.
+    state: step, settings, held-out losses before training, and of optimizer and scaler.
+    Seed and step decide the batches. Only a whole folder gets the final name.
     """
     if rank() > 0:
         return
@@ -305,12 +298,12 @@ def save_checkpoint(s: Settings, model: UniWhisper, state: dict) -> None:
             flush(path)  # else the rename may reach the disk before what it names
         writing.rename(final)
         flush(folder)
-    except Exception as e:  # torch.save raises a class of its own when the disk is full
+    except Exception as e:  # torch.save has a class of its own for a full disk
         shutil.rmtree(writing, ignore_errors=True)
-        raise OSError(f"cannot save {final}: {e}; make room and --resume from "
-                      f"{newest_checkpoint(s.out) or 'the start'}") from e
+        last = newest_checkpoint(s.out) or "the start"
+        raise OSError(f"cannot save {final}: {e}; make room and --resume from {last}") from e
     for old in sorted(folder.glob("step-" + 8 * "[0-9]"))[: -s.keep]:
-        # A file that is in use stays until the next save.
+        # Files in use stay until the next save.
         shutil.rmtree(old.rename(folder / f".old-{old.name}"), ignore_errors=True)
 
 
@@ -321,25 +314,26 @@ def flush(path: Path) -> None:
 
 
 def fixed_settings(s: Settings, rows: Rows) -> dict:
-    """All that decides a run's numbers, as plain values; the rows by their checksum."""
-    fixed = {k: v for k, v in vars(s).items() if k not in FREE_ON_RESUME}
+    """What decides a run's numbers, as JSON; the rows by their checksum."""
     checksum = 0
-    for column in (rows.seconds, rows.task, rows.split):
+    for column in (rows.seconds, rows.text, rows.task, rows.split):
         checksum = zlib.crc32(np.ascontiguousarray(column), checksum)
-    fixed |= dict(ranks=world(), rows=len(rows), tasks=rows.tasks, splits=rows.splits,
-                  checksum=checksum)
+    fixed = vars(s) | dict(ranks=world(), rows=len(rows), checksum=checksum,
+                           tasks=rows.tasks, splits=rows.splits)
+    for name in FREE_ON_RESUME:
+        del fixed[name]
     return json.loads(json.dumps(fixed))
 
 
 def load_state(checkpoint: Path | None, fixed: dict, steps: int) -> dict:
-    """A checkpoint's trainer.pt. Raises ValueError if it was made with other settings."""
+    """A checkpoint's trainer.pt; ValueError if its settings or rows are others."""
     if checkpoint is None:
         return dict(step=0, settings=fixed)
     try:
         state = torch.load(checkpoint / "trainer.pt", map_location="cpu")
-    except Exception as e:  # torch.load has many classes of errors for a damaged file
+    except Exception as e:  # many classes, for a damaged file
         raise ValueError(f"{checkpoint}/trainer.pt is damaged ({str(e).splitlines()[0]}); "
-                         f"remove {checkpoint} to resume from the one before") from None
+                         "remove the folder to resume from the one before") from None
     # A setting that is newer than the checkpoint had its default then.
     then = json.loads(json.dumps(vars(Settings()))) | state["settings"]
     differ = []
@@ -349,30 +343,33 @@ def load_state(checkpoint: Path | None, fixed: dict, steps: int) -> dict:
     if steps < state["step"]:
         differ.append(f"steps is {steps}, below its step")
     if differ:
-        raise ValueError(f"--resume of {checkpoint} with other settings: {'; '.join(differ)}; "
-                         "use the same, or another --out")
+        raise ValueError(f"{checkpoint} does not fit: {'; '.join(differ)}; "
+                         "use its settings, or another --out")
     return state
 
 
 # ---------------------------------------------------------------- reports
 
 class Log:
-    """Losses and unreadable clips since the last line, of this rank; writes metrics.jsonl."""
+    """What this rank did since the last line, and metrics.jsonl."""
 
     def __init__(self, s: Settings, batches: Batches, step: int):
-        self.s, self.batches, self.tasks = s, batches, batches.rows.tasks
-        self.clips = self.unreadable = 0  # since this process began
+        self.s, self.batches = s, batches
+        self.all_clips = self.unreadable = 0  # of all ranks, since this process began
         self.bad_updates = 0  # in a row
         self.begin(step)
         self.path = Path(s.out) / "metrics.jsonl"
-        if rank() == 0:  # what a killed run wrote after its last checkpoint comes again
-            lines = self.path.read_bytes().splitlines(True) if step and self.path.exists() else []
+        if rank() == 0:
+            lines = []
+            if step and self.path.exists():
+                lines = self.path.read_bytes().splitlines(True)
+            # What a killed run wrote after its last checkpoint comes again.
             kept = [x for x in lines if x.endswith(b"\n") and json.loads(x)["step"] <= step]
             self.path.write_bytes(b"".join(kept))
 
     def begin(self, step: int) -> None:
-        self.losses = new_sums(self.s, self.tasks)
-        self.seconds, self.skipped = 0.0, Counter()  # of audio; by task
+        self.losses = new_sums(self.s, self.batches.rows)
+        self.clips, self.seconds, self.skipped = 0, 0.0, Counter()
         self.step, self.time = step, time.perf_counter()
 
     def write(self, step: int, **values) -> None:
@@ -382,86 +379,84 @@ class Log:
             with open(self.path, "a") as f:
                 f.write(json.dumps(line) + "\n")
 
-    def read(self, batch) -> None:
-        """Count what was read for a batch, and name what could not be."""
-        name_skipped(batch)
-        self.skipped.update(task for task, _ in batch.skipped)
-        self.seconds += batch.samples.sum().item() / self.batches.sample_rate
-        self.clips += len(batch.rows) + len(batch.skipped)
-        self.unreadable += len(batch.skipped)
-
-    def update(self, parts) -> None:
-        """Add the losses of an update's (batch, losses (N,))."""
-        self.bad_updates = 0
+    def update(self, step: int, parts, norm: float) -> None:
+        """Count an update: its (batch, losses (N,)), and the gradient's norm."""
+        self.bad_updates = 0 if math.isfinite(norm) else self.bad_updates + 1
         for batch, losses in parts:
-            add_losses(self.losses, self.batches.rows, batch, losses)
+            name_skipped(batch)
+            self.skipped.update(task for task, _ in batch.skipped)
+            self.clips += len(batch.rows) + len(batch.skipped)
+            self.seconds += batch.samples.sum().item() / self.batches.sample_rate
+            if not self.bad_updates:
+                add_losses(self.losses, self.batches.rows, batch, losses)
+        if self.bad_updates:
+            self.bad_update(step, parts, norm)
 
     def bad_update(self, step: int, parts, norm: float) -> None:
-        """An update was left out: name the rows, of all ranks, whose loss is not finite.
+        """Name the rows, of all ranks, whose loss is not finite.
 
-        Raises ArithmeticError when too many in a row were.
+        Raises ArithmeticError when too many updates in a row were left out.
         """
-        self.bad_updates += 1
         bad, clips = [], 0
         for batch, losses in parts:
             clips += len(batch.rows)
             for row, loss in zip(batch.rows, losses.split(batch.answer_tokens)):
                 if not loss.isfinite().all():
                     bad.append(row)
-        if self.s.precision == "fp16" and len(bad) == clips:
-            raise ArithmeticError(f"step {step}: no loss is finite: the model overflows in "
-                                  "fp16; use --precision bf16")
-        bad = itertools.chain(*all_gather(bad))
+        gathered = all_gather((bad, clips))
+        bad = [row for rows, _ in gathered for row in rows]
+        if self.s.precision == "fp16" and len(bad) == sum(n for _, n in gathered):
+            raise ArithmeticError("no loss is finite: the model overflows in fp16; "
+                                  "use --precision bf16")
         names = [self.batches.rows.name(row) for row in dict.fromkeys(bad)]
         self.write(step, non_finite=str(norm), rows=names)
         say(f"step {step}: gradient norm is {norm}, update left out; rows: "
             f"{', '.join(names) or 'none'}", sys.stderr)
         if self.bad_updates == BAD_UPDATES[self.s.precision]:
-            raise ArithmeticError(f"{self.bad_updates} updates in a row were not finite; lower "
-                                  "the learning rates or look at the rows named above")
+            raise ArithmeticError(f"{self.bad_updates} updates in a row were not finite; "
+                                  "lower the learning rates or mend the rows above")
 
     def line(self, step: int, optimizer, norm: float) -> None:
         """Say and write what all ranks did since the last line."""
-        loss, tokens = all_sum(self.losses).sum(0).tolist()
-        counts = torch.tensor(all_gather((self.seconds, self.clips, self.unreadable)))
-        seconds, clips, unreadable = counts.sum(0).tolist()
+        tasks = means(self.batches.rows, all_sum(self.losses))
+        loss, tokens = self.losses.sum(0)
+        loss = (loss / tokens).item()  # NaN if no update took place
+        skipped = sum(all_gather(self.skipped), Counter())
         passed = time.perf_counter() - self.time
+        speed = sum(all_gather(self.seconds)) / passed
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        if self.s.device == "cuda":
+            memory = torch.cuda.max_memory_allocated() / 2**30
+        lr = {group["name"]: group["lr"] for group in optimizer.param_groups}
+        self.write(step, loss=loss, tasks=tasks, lr=lr, norm=norm, skipped=skipped,
+                   audio_seconds_per_second=speed, memory_gib=memory)
         left = passed / max(1, step - self.step) * (self.s.steps - step)
-        values = dict(
-            loss=loss / tokens if tokens else math.nan, tasks=means(self.tasks, self.losses),
-            lr={group["name"]: group["lr"] for group in optimizer.param_groups}, norm=norm,
-            audio_seconds_per_second=seconds / passed, memory_gib=peak_memory(self.s.device),
-            skipped=sum(all_gather(self.skipped), Counter()))
-        self.write(step, **values)
-        say(f"step {step}/{self.s.steps}  loss {values['loss']:.3f}  "
-            f"({listed(values['tasks'], '.2f')})  lr {listed(values['lr'], '.1e')}  "
-            f"norm {norm:.2f}  {seconds / passed:.1f} s/s  {values['memory_gib']:.1f} GiB  "
-            f"left {timedelta(seconds=int(left))}")
+        say(f"step {step}/{self.s.steps}  loss {loss:.3f}  norm {norm:.2f}  {speed:.1f} s/s  "
+            f"{memory:.1f} GiB  left {timedelta(seconds=int(left))}")
+        self.all_clips += sum(all_gather(self.clips))
+        self.unreadable += skipped.total()
         self.begin(step)
-        if unreadable > max(10, 0.01 * clips):
-            raise ValueError(f"{unreadable:.0f} of {clips:.0f} clips could not be read, over "
-                             "1 %; they are named above: repair them or take them out")
+        if self.unreadable > max(10, 0.01 * self.all_clips):
+            raise ValueError(f"{self.unreadable} of {self.all_clips} clips could not be "
+                             "read, over 1 %: repair or remove those named above")
 
 
-def new_sums(s: Settings, tasks: list[str]) -> torch.Tensor:
-    """Loss and number of answer tokens of each task: (tasks, 2), on the device."""
-    return torch.zeros(len(tasks), 2, dtype=torch.float64, device=s.device)
+def new_sums(s: Settings, rows: Rows) -> torch.Tensor:
+    """Sum and number of the answer tokens' losses of each task: (tasks, 2)."""
+    return torch.zeros(len(rows.tasks), 2, dtype=torch.float64, device=s.device)
 
 
 def add_losses(sums, rows: Rows, batch, losses) -> None:
     """Add losses (N,) of a batch's answer tokens to the sums of their tasks."""
     task = torch.tensor(rows.task[batch.rows].tolist())
     task = task.repeat_interleave(torch.tensor(batch.answer_tokens))
-    pairs = torch.stack((losses.double(), torch.ones_like(losses).double()), 1)
+    losses = losses.double()
+    pairs = torch.stack((losses, torch.ones_like(losses)), 1)
     sums.index_add_(0, task.to(sums.device, non_blocking=True), pairs)
 
 
-def means(tasks: list[str], sums) -> dict[str, float]:
-    return {task: loss / n for task, (loss, n) in zip(tasks, sums.tolist()) if n}
-
-
-def listed(values: dict, how: str) -> str:
-    return "  ".join(f"{name} {value:{how}}" for name, value in values.items())
+def means(rows: Rows, sums) -> dict[str, float]:
+    return {task: loss / n for task, (loss, n) in zip(rows.tasks, sums.tolist()) if n}
 
 
 def name_skipped(batch) -> None:
@@ -469,36 +464,28 @@ def name_skipped(batch) -> None:
         print(f"skipped: {message}", file=sys.stderr, flush=True)
 
 
-def peak_memory(device: str) -> float:
-    """GiB at most so far: of the GPU, or of this process."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
 @torch.no_grad()
 def evaluate(s: Settings, model: UniWhisper, batches: Batches) -> dict[str, float]:
-    """Held-out loss of each task, a mean over answer tokens; each rank does its part.
-
-    Without workers: a process forked here, beside a collective's threads, can wait for
-    ever for a lock that nobody holds any more (python/cpython#112275).
-    """
+    """Each task's held-out loss, a mean over its answer tokens."""
     rows = batches.rows
-    sums = new_sums(s, rows.tasks)
+    sums = new_sums(s, rows)
     specs = held_out(rows, s.valid_split, s.eval_clips, s.batch_seconds, s.seed)
+    # Read here, not in workers: a process that is forked beside a collective's threads
+    # can hang (python/cpython#112275).
     for spec in specs[rank() :: world()]:
         batch = batches[spec]
         name_skipped(batch)
         with autocast(s):
             losses = model(batch.to(s.device))
         add_losses(sums, rows, batch, losses)
-    return means(rows.tasks, all_sum(sums))
+    return means(rows, all_sum(sums))
 
 
 def ask(s: Settings, model: UniWhisper, batches: Batches) -> list[dict]:
     """Answers to held-out questions, the same each time, beside the truth."""
     answers = []
-    for spec in held_out(batches.rows, s.valid_split, s.questions, s.batch_seconds, s.seed):
+    rows = batches.rows
+    for spec in held_out(rows, s.valid_split, s.questions, s.batch_seconds, s.seed):
         batch = batches[spec].to(s.device)
         with autocast(s):
             texts = model.generate(batch.audio, batch.samples, batch.instructions, 48)
@@ -513,20 +500,22 @@ def plain(text: str) -> list[str]:
 
 
 def report(log: Log, model: UniWhisper, step: int, before: dict) -> dict[str, float]:
-    """Held-out losses, beside those before training, and answers to a few questions."""
+    """Say and log held-out losses, and answers to a few questions."""
     s, at, began = log.s, f"step {step}/{log.s.steps}", time.perf_counter()
     losses = evaluate(s, model, log.batches)
     if losses:
         log.write(step, held_out=losses)
-        was = {task: f"{loss:.3f} -> " for task, loss in before.items()}
-        changes = [f"{task} {was.get(task, '')}{loss:.3f}" for task, loss in losses.items()]
-        say(f"{at}  held-out loss: {'  '.join(changes)}")
+        said = ""
+        for task, loss in losses.items():
+            was = f"{before[task]:.3f} -> " if task in before else ""
+            said += f"  {task} {was}{loss:.3f}"
+        say(f"{at}  held-out loss:{said[1:]}")
     if losses and s.questions and rank() == 0:
-        answers = ask(s, model, log.batches)
+        answers, right = ask(s, model, log.batches), 0
         for a in answers:
             say(f"    {a['task']:14s} {a['instruction'][:40]:40s}  "
                 f"truth: {a['truth'][:50]:30s}  answer: {a['answer'][:60]!r}")
-        right = sum(plain(a["truth"]) == plain(a["answer"]) for a in answers)
+            right += plain(a["truth"]) == plain(a["answer"])
         say(f"{at}  held-out answers right: {right} of {len(answers)}")
         log.write(step, answers=answers, right=right)
     all_gather()  # the others wait for rank 0
@@ -537,7 +526,7 @@ def report(log: Log, model: UniWhisper, step: int, before: dict) -> dict[str, fl
 # ---------------------------------------------------------------- training
 
 def open_rows(s: Settings) -> Rows:
-    """Rows of the training and held-out splits; for the example, clips made by rank 0."""
+    """Rows of the splits in use; the example's clips are made by rank 0."""
     data = s.data
     if not data:
         from weights.make_clips import write_clips
@@ -547,12 +536,11 @@ def open_rows(s: Settings) -> Rows:
             write_clips(folder)
         all_gather()  # the others wait for rank 0
         data = sorted(map(str, folder.glob("*.jsonl")))
-    splits = {*s.train_split, s.valid_split}
-    return together(lambda: Rows(data, True, splits, s.max_seconds))
+    return together(Rows, data, True, {*s.train_split, s.valid_split}, s.max_seconds)
 
 
 def batch_specs(s: Settings, rows: Rows, step: int):
-    """This rank's endless (batch number, row numbers), from those behind update `step` on."""
+    """This rank's endless (batch number, row numbers) after `step`."""
     weights = {}
     for text in s.task_weights:
         task, _, number = text.rpartition("=")
@@ -570,18 +558,21 @@ def batch_specs(s: Settings, rows: Rows, step: int):
 
 
 def describe(s: Settings, model: UniWhisper, rows: Rows, step: int) -> None:
-    """Say what is trained on what, and save the settings as config.json."""
+    """Say what is trained on what; write config.json."""
     sizes = []
     for name, part in model.named_children():
         sizes.append(f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.1f} M")
-    hours = rows.seconds.sum(dtype=float) / 3600
-    say(f"{', '.join(sizes)} (frozen); {len(rows)} clips, {hours:.2f} h, {len(rows.tasks)} "
+    used = np.concatenate([rows.where(split) for split in (*s.train_split, s.valid_split)])
+    hours = rows.seconds[used].sum(dtype=float) / 3600
+    say(f"{', '.join(sizes)} (frozen); {len(used)} clips, {hours:.2f} h, {len(rows.tasks)} "
         f"tasks; {world()} x {s.device}, {s.precision}; from step {step} to {s.steps}")
     for split, count in rows.split_counts.items():
         use = "held out" if split == s.valid_split else "left out"
-        say(f"split {split!r}: {count} rows {'to train on' if split in s.train_split else use}")
+        if split in s.train_split:
+            use = "to train on"
+        say(f"split {split!r}: {count} rows {use}")
     if s.valid_split not in rows.splits:
-        say(f"no row has split {s.valid_split!r} (--valid-split): no held-out loss, no questions")
+        say(f"no row has split {s.valid_split!r} (--valid-split): no held-out loss")
     if s.steps <= s.warmup:
         say(f"note: all {s.steps} updates are warm-up (--warmup {s.warmup})")
     if rank() == 0:
@@ -589,12 +580,12 @@ def describe(s: Settings, model: UniWhisper, rows: Rows, step: int) -> None:
 
 
 def lock(out):
-    """Rank 0 keeps OUT to itself while it lives. Raises ValueError if another run has it."""
+    """Rank 0 keeps OUT to itself; ValueError if another run has it."""
     if rank() == 0:
         Path(out).mkdir(parents=True, exist_ok=True)
         file = open(Path(out, ".lock"), "w")
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not shared with forked workers
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not inherited by workers
         except OSError:
             raise ValueError(f"another run writes to {out}; choose another --out") from None
         return file
@@ -609,10 +600,7 @@ def catch_signals() -> list[int]:
 
 
 def train(s: Settings, model: UniWhisper, log: Log, stream, state: dict) -> bool:
-    """All updates after state["step"] -> whether the last was reached, or a signal came.
-
-    stream: this rank's batches.
-    """
+    """Updates after state["step"]; False if a signal ended them. stream: batches."""
     optimizer, scaler = build_optimizer(s, model, state)
     wrapped, signals = wrap(s, model), catch_signals()
     if state["step"] == 0:
@@ -627,25 +615,22 @@ def train(s: Settings, model: UniWhisper, log: Log, stream, state: dict) -> bool
         count, stop = all_sum(totals).tolist()
         parts = []
         for batch, weight in zip(micro_batches, weights):
-            more = world() > 1 and batch is not micro_batches[-1]
-            with wrapped.no_sync() if more else nullcontext():
-                with autocast(s):
-                    losses = wrapped(batch.to(s.device))  # (N,)
-                loss = (losses * weight.to(s.device)).sum() / count
-                scaler.scale(loss * world()).backward()  # DDP takes the mean over ranks
+            # DDP sums the gradients over ranks in the last backward alone.
+            wrapped.require_backward_grad_sync = batch is micro_batches[-1]
+            with autocast(s):
+                losses = wrapped(batch.to(s.device))  # (N,)
+            loss = (losses * weight.to(s.device)).sum() / count
+            scaler.scale(loss * world()).backward()  # DDP takes the mean over ranks
             parts.append((batch, losses.detach()))
-            log.read(batch)
         if step <= s.freeze_encoder:
             model.encoder.zero_grad()
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip).item()
-        if math.isfinite(norm):  # on all ranks or on none: they share the summed gradient
+        if math.isfinite(norm):  # on all ranks or none: the gradient is their sum
             scaler.step(optimizer)
-            log.update(parts)
-        else:
-            log.bad_update(step, parts, norm)
         scaler.update()
         optimizer.zero_grad()
+        log.update(step, parts, norm)
         save = step % s.save_every == 0 or step == s.steps or stop
         if step % s.log_every == 0 or save:
             log.line(step, optimizer, norm)
@@ -660,10 +645,10 @@ def train(s: Settings, model: UniWhisper, log: Log, stream, state: dict) -> bool
 
 
 def run(s: Settings) -> None:
-    """A run from its settings, or from its newest checkpoint, to OUT/encoder.
+    """A run, from its start or its newest checkpoint, to OUT/encoder.
 
-    Raises OSError and ValueError for bad input, ArithmeticError when too many updates in a
-    row are not finite, InterruptedError after a signal.
+    Raises OSError and ValueError for bad input, ArithmeticError if too many updates are
+    not finite, InterruptedError after a signal.
     """
     start_ranks(s)
     checkpoint = find_checkpoint(s)
@@ -675,27 +660,29 @@ def run(s: Settings) -> None:
     batches = Batches(rows, model.decoder.tokenizer, s.seed, s.max_seconds,
                       model.encoder.sample_rate)
     describe(s, model, rows, state["step"])
-    # The workers are forked here, before the ranks' first sum: see `evaluate`.
+    # Workers are forked here, before the ranks' first sum: see `evaluate`.
     stream = iter(loader(batches, specs, s.workers, s.device == "cuda"))
     finished = train(s, model, Log(s, batches, state["step"]), stream, state)
     if finished and rank() == 0:
         model.encoder.save(Path(s.out) / "encoder", s.encoder)
         say(f"{s.out}/encoder: the trained encoder, a Hugging Face folder")
     if dist.is_initialized():
-        # Gloo's threads must have freed the last gradients before their group is freed,
-        # which holds Python's lock while it waits for them: give them time.
+        # Destroying the group holds Python's lock and waits for gloo's threads, which
+        # need it to free the last gradients: give them time.
         dist.barrier()
         time.sleep(1)
         dist.destroy_process_group()
     if not finished:
-        raise InterruptedError(f"stopped by a signal after step {state['step']}; go on with: "
-                               f"python train.py --resume --out {s.out}")
+        raise InterruptedError(f"stopped by a signal after step {state['step']}; go on "
+                               f"with: python train.py --resume --out {s.out}")
 
 
 def main():
     """What a user can cause ends in one line and exit code 1."""
-    # Batches of many lengths leave gaps in a GPU's memory; must be set before it is used.
+    # Batches of many lengths leave gaps in a GPU's memory; to be set before its first use.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # names that are not UTF-8
     try:
         run(parse())
     except torch.OutOfMemoryError as e:  # of a GPU
@@ -703,14 +690,14 @@ def main():
                  "--accumulate), or add --checkpoint-layers")
     except (OSError, ValueError, ArithmeticError, RuntimeError) as e:
         text = str(e).strip()
-        if text.startswith("Caught "):
-            # in a worker, with its traceback: the last line has the error's class and text
-            text = text.splitlines()[-1].partition(": ")[2]
+        first, last = text.partition("\n")[0], text.rpartition("\n")[2]
+        if text.startswith("Caught "):  # a worker's traceback: "...Class: text"
+            text = last.partition(": ")[2]
         elif "DataLoader worker" in text or isinstance(e, ConnectionError):
-            text = (f"a process that reads audio was killed ({text.splitlines()[0]}), by the "
-                    "system if memory was short: lower --workers, and go on with --resume")
+            text = (f"a process that reads audio was killed ({first}), by the system if "
+                    "memory was short: lower --workers, and go on with --resume")
         elif "onnection closed" in text or "onnection reset" in text:
-            text = f"another rank has ended ({text.splitlines()[0]})"
+            text = f"another rank has ended ({first})"
         elif isinstance(e, RuntimeError):
             raise
         sys.exit(f"error: {text}")

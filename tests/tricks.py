@@ -259,9 +259,17 @@ def measured_step(*step) -> tuple[float, int]:
     return bench.seconds("cpu", bench.update, *step), bench.peak_bytes("cpu")
 
 
-def in_turn(a, precision: str, lengths: list[float]) -> dict:
-    """Each trick -> (plain steps, steps with it), measured in turn in this process."""
-    step, found = build(a, precision, lengths), {}
+def show(name: str, plain, tricked) -> None:
+    """A line of the table, of (seconds, bytes) without and with a trick."""
+    before, after = (median(t for t, _ in steps) for steps in (plain, tricked))
+    memory = [max(m for _, m in steps) / 2**30 for steps in (plain, tricked)]
+    print(f"| {name} | {before:.2f} | {after:.2f} | {before / after:.2f} | "
+          f"{memory[0]:.2f} | {memory[1]:.2f} |", flush=True)
+
+
+def in_turn(a, precision: str, lengths: list[float]) -> None:
+    """Plain steps and steps with each trick, in turn in this process."""
+    step = build(a, precision, lengths)
     bench.update(*step)  # warm-up
     for name, replacements in TRICKS.items():
         if precision == "fp32" and PRODUCTS in replacements:
@@ -273,8 +281,7 @@ def in_turn(a, precision: str, lengths: list[float]) -> dict:
             plain.append(measured_step(*step))
             with replaced(replacements):
                 tricked.append(measured_step(*step))
-        found[name] = plain, tricked
-    return found
+        show(name, plain, tricked)
 
 
 def alone(a, precision: str, lengths: list[float], tricked: bool) -> list[tuple[float, int]]:
@@ -285,8 +292,9 @@ def alone(a, precision: str, lengths: list[float], tricked: bool) -> list[tuple[
         return [measured_step(*step) for _ in range(4)][2:]
 
 
-def in_processes(a, precision: str, lengths: list[float]) -> dict:
-    """As in_turn, of what needs the C library's settings: in processes in turn."""
+def in_processes(a, precision: str, lengths: list[float]) -> None:
+    """What needs the C library's settings, which a process has from its start: in processes
+    in turn."""
     plain, keeping, together = [], [], []
     for _ in range(a.repeats):
         for steps, tricked, environment in ((plain, False, {}),
@@ -294,15 +302,8 @@ def in_processes(a, precision: str, lengths: list[float]) -> dict:
                                             (together, True, bench.KEEP_FREED_MEMORY)):
             steps += bench.in_own_process(alone, a, precision, lengths, tricked,
                                           environment=environment)
-    return {"C library keeps freed memory": (plain, keeping), "all together": (plain, together)}
-
-
-def show(name: str, plain, tricked) -> None:
-    """A line of the table, of (seconds, bytes) without and with a trick."""
-    before, after = (median(t for t, _ in steps) for steps in (plain, tricked))
-    memory = [max(m for _, m in steps) / 2**30 for steps in (plain, tricked)]
-    print(f"| {name} | {before:.2f} | {after:.2f} | {before / after:.2f} | "
-          f"{memory[0]:.2f} | {memory[1]:.2f} |", flush=True)
+    show("C library keeps freed memory", plain, keeping)
+    show("all together", plain, together)
 
 
 def main():
@@ -323,11 +324,9 @@ def main():
             lengths = [length] * max(1, round(32 / length))
             print(f"\n{precision}, {len(lengths)} clips of {length:g} s\n")
             print("| trick | plain, s | with it, s | plain / with it | plain, GiB | with it, GiB |")
-            print("| --- | --- | --- | --- | --- | --- |")
-            found = bench.in_own_process(in_turn, a, precision, lengths)
-            found |= in_processes(a, precision, lengths)
-            for name, (plain, tricked) in found.items():
-                show(name, plain, tricked)
+            print("| --- | --- | --- | --- | --- | --- |", flush=True)
+            bench.in_own_process(in_turn, a, precision, lengths)
+            in_processes(a, precision, lengths)
 
 
 if __name__ == "__main__":
