@@ -1,9 +1,7 @@
-"""Rows -> batches: manifests and tars, decoding, instructions, length buckets, task mixing.
+"""Rows -> batches of samples and token ids: manifests, tars, decoding, instructions, mixing.
 
     python data.py A.jsonl 'shards/*.tar' [--decode]    # what is there; can it be read?
     python data.py 'shards/*.tar' --index all.index     # scanned once; opens at once
-
-Knows no model: audio comes out as samples, text as the ids of a given tokenizer.
 """
 import argparse
 import difflib
@@ -71,16 +69,15 @@ TEMPLATES = {
 
 # ---------------------------------------------------------------- audio
 
-# libsndfile gives more frames where a header tells no length.
-UNKNOWN = 2**40
-# A writer that cannot seek back leaves this size, in bytes, or more.
-PIPED = 2**31 - 2**16
+UNKNOWN = 2**40  # frames; more mean that the header tells no length
+PIPED = 2**31 - 2**16  # bytes; a WAV written to a pipe has at least this data size
 POINTER = b"version https://git-lfs"
-# What a stream begins with, and the frame of an MP3 that tells flags, frames and bytes.
+# How a file begins: WAV, RF64; W64; AIFF; FLAC; Ogg (a stream's first page); AU; CAF.
 STREAM = re.compile(rb"(RIFF|RF64)....WAVE|riff\x2e\x91|FORM....AIF|fLaC\0\0\0\x22|"
                     rb"OggS\0[\2\3]|\.snd\0|caff\0", re.S)
-MP3_LENGTH = re.compile(rb"\xff[\xe2-\xff].{2,4}\0{9,32}(?:Xing|Info|VBRI)"
-                        rb"(.{4}).{4}(.{4})", re.S)
+# An MP3's first frame may tell its length: a header of 4 or 6 bytes, zeros, a name, flags (group
+# 1: their last byte), the numbers of frames and of bytes (group 2). libsndfile ignores VBRI's.
+MP3_LENGTH = re.compile(rb"\xff[\xe2-\xff].{2,4}\0{9,32}(?:Xing|Info)...(.)....(....)", re.S)
 
 
 class AudioError(ValueError):
@@ -93,7 +90,7 @@ def printable(text) -> str:
 
 
 def read_bytes(path, at: int = 0, size: int = -1) -> bytes:
-    """Part of a file, in three attempts: a network disk may fail for a moment."""
+    # In three attempts: a network disk may fail for a moment.
     for wait in (0.1, 0.4, None):  # seconds
         try:
             with open(path, "rb") as f:
@@ -107,9 +104,7 @@ def read_bytes(path, at: int = 0, size: int = -1) -> bytes:
 
 def read_audio(source, sample_rate=16_000, max_seconds=None, name=None, silence=False):
     """A file's path or its bytes -> (S,) float32 at `sample_rate`, channels averaged.
-
-    Raises AudioError: unreadable, cut, too long, not finite, all zero (unless `silence`).
-    """
+    Raises AudioError: unreadable, cut, too long, not finite, all zero (unless `silence`)."""
     if not isinstance(source, bytes):
         name, source = name or source, read_bytes(source)
     try:
@@ -137,8 +132,7 @@ def read_audio(source, sample_rate=16_000, max_seconds=None, name=None, silence=
 
 def check_length(seconds: float, limit: float | None) -> None:
     if limit is not None and seconds > limit + 1e-3:
-        raise AudioError(f"{seconds:.1f} s, longer than --max-seconds {limit:g}; "
-                         "cut it or raise the limit")
+        raise AudioError(f"{seconds:.1f} s, longer than --max-seconds {limit:g}; cut or allow it")
 
 
 def decode(raw: bytes) -> tuple[np.ndarray, int]:
@@ -149,27 +143,27 @@ def decode(raw: bytes) -> tuple[np.ndarray, int]:
         raise AudioError("several recordings in one file; split it, or join them: "
                          "ffmpeg -i IN OUT.flac (not WAV, AIFF)")
     with sf.SoundFile(io.BytesIO(raw)) as f:
-        rate, frames, log = f.samplerate, f.frames, f.extra_info
         if f.format == "MP3" and not MP3_LENGTH.search(raw):
-            with sf.SoundFile(Lengthless(raw)) as f:
-                return f.read(f.frames, "float32", always_2d=True), rate
-        if frames > UNKNOWN:
+            with sf.SoundFile(Lengthened(raw)) as whole:
+                return whole.read(whole.frames, "float32", always_2d=True), f.samplerate
+        if f.frames > UNKNOWN:
             raise AudioError("its header does not tell its length; ffmpeg -i IN OUT.flac")
-        size = int(re.search(r"\ndata : (\d+)|$", log)[1] or PIPED)
-        # After data of too small a size comes no chunk, but more data.
-        too_small = not frames or "Unknown chunk marker" in log
-        if raw[:4] == b"RIFF" and size < PIPED and too_small:
-            header = b"data" + struct.pack("<I", size)
+        # If the header's data size is too small, libsndfile meets samples where it expects a
+        # chunk: set the size to "unknown" and decode again.
+        too_small = not f.frames or "Unknown chunk marker" in f.extra_info
+        size = re.search(r"\ndata : (\d+)", f.extra_info)
+        if raw[:4] == b"RIFF" and too_small and size and int(size[1]) < PIPED:
+            header = b"data" + struct.pack("<I", int(size[1]))
             return decode(raw.replace(header, b"data\xff\xff\xff\xff", 1))
-        samples = f.read(frames, "float32", always_2d=True)
-    if len(samples) < frames or is_cut(raw, log):
-        raise AudioError(f"cut short, {len(samples)} samples are left; fetch it again")
-    return samples, rate
+        samples = f.read(f.frames, "float32", always_2d=True)
+        if len(samples) < f.frames or is_truncated(raw, f.extra_info):
+            raise AudioError(f"cut short, {len(samples)} samples are left; fetch it again")
+        return samples, f.samplerate
 
 
-class Lengthless(io.BytesIO):
-    """Seems longer, so that libsndfile reads an MP3 without a length to its end."""
-
+class Lengthened(io.BytesIO):
+    # Reports 40 times its size: libsndfile takes the bit rate of an MP3's first frame, 8 to 320
+    # kbit/s, for that of all, and would stop too early.
     def seek(self, offset, whence=0):
         if (offset, whence) == (0, os.SEEK_END):
             offset, whence = 40 * len(self.getvalue()), os.SEEK_SET
@@ -177,43 +171,48 @@ class Lengthless(io.BytesIO):
 
 
 def holds_another(raw: bytes) -> bool:
-    """Does a second stream follow the first, as `cat` joins them?"""
-    told = MP3_LENGTH.search(raw) if raw[:1] == b"\xff" or raw[:3] == b"ID3" else None
-    if told:
-        has_bytes = told[1][3] & 3 == 3
-        end = told.start() + int.from_bytes(told[2], "big") if has_bytes else len(raw)
-        untold_before = raw[:1] == b"\xff" and told.start() > 0
-        told_after = MP3_LENGTH.search(raw, told.end()) is not None
-        return untold_before or told_after or raw[end : end + 1] == b"\xff"
-    # All tracks of one Ogg stream begin before byte 300.
+    """Does a second recording follow the first, as `cat` joins them?"""
+    if raw[:1] == b"\xff" or raw[:3] == b"ID3":
+        return mp3_holds_another(raw)
+    # The tracks of a single Ogg recording all begin before byte 300.
     at = raw.find(raw[:4], 300) if STREAM.match(raw) else -1
     while at > 0 and not STREAM.match(raw, at):
         at = raw.find(raw[:4], at + 1)
     return at > 0
 
 
-def is_cut(raw: bytes, log: str) -> bool:
-    """libsndfile reads what is left of a WAV or Ogg file that is cut short."""
+def mp3_holds_another(mp3: bytes) -> bool:
+    lengths = list(MP3_LENGTH.finditer(mp3))
+    if not lengths:
+        return False
+    first, end = lengths[0], len(mp3)
+    has_frames, has_bytes = first[1][0] & 1, first[1][0] & 2
+    if has_frames and has_bytes:
+        end = first.start() + int.from_bytes(first[2], "big")
+    sound_before = mp3[:1] == b"\xff" and first.start() > 0
+    sound_behind = mp3[end : end + 1] == b"\xff"
+    return len(lengths) > 1 or sound_before or sound_behind
+
+
+def is_truncated(raw: bytes, log: str) -> bool:
+    """Is a WAV, AIFF or Ogg cut short? libsndfile does not complain."""
     if raw[:4] == b"OggS":  # the last page must be whole
         page = raw[raw.rfind(b"OggS") :]
         end = 27 + page[26] + sum(page[27 : 27 + page[26]]) if len(page) > 26 else 27
         return len(page) < end
-    told = re.search(r"(data|SSND|Data Size|riff|Riff size) *: (\d+) \(should be (\d+)", log)
-    size, there = (int(told[2]), int(told[3])) if told else (0, 0)
-    # Nothing is missing if the file's size is right, or the data's counts the header.
+    sizes = re.search(r"(?:data|SSND|Data Size|riff|Riff size) *: (\d+) \(should be (\d+)", log)
+    size, found = map(int, sizes.groups()) if sizes else (0, 0)
     file_size = 8 + int.from_bytes(raw[4:8], "big" if raw[:4] == b"FORM" else "little")
-    return there < size < PIPED and len(raw) not in (file_size, size, size + 8)
+    # Some writers put the file's length, or that less 8, for the data's: nothing is missing.
+    return found < size < PIPED and len(raw) not in (file_size, size, size + 8)
 
 
 @lru_cache(maxsize=32)
 def sinc_kernel(old: int, new: int, zeros: int = 64, attenuation: float = 80.0):
-    """Kaiser-windowed sinc of `new` phases: ((old + 2 * reach, new), reach).
-
-    `zeros` zero crossings a side; images and aliases lie `attenuation` dB down (Kaiser's
-    formulas); the pass band ends 8 % below the lower Nyquist frequency.
-    """
+    """Kaiser-windowed sinc of `new` phases: (kernel (old + 2 * reach, new), reach)."""
+    # `zeros` crossings a side; images and aliases lie `attenuation` dB down, by Kaiser's formulas.
     beta = 0.1102 * (attenuation - 8.7)
-    # The stop band begins at the lower Nyquist frequency.
+    # The pass band ends 8 % below the lower Nyquist frequency, where the stop band begins.
     transition = (attenuation - 8) / (2.285 * 2 * zeros * math.pi)
     cutoff = min(old, new) * (1 - transition / 2)
     reach = math.ceil(zeros * old / cutoff)  # input samples
@@ -230,49 +229,53 @@ def resample(audio: torch.Tensor, rate: int, new_rate: int = 16_000) -> torch.Te
     """Band-limited windowed sinc: (..., S) at `rate` -> (..., ceil(S * new_rate / rate))."""
     if rate == new_rate:
         return audio
+    # 11,127 Hz needs a huge filter: taken as 11,130 Hz, which changes the length, too.
     if rate * new_rate // math.gcd(rate, new_rate) ** 2 > 2**21:
-        rate = round(rate, -1)  # 11,127 Hz, for example, would need a huge filter
+        rate = round(rate, -1)
     step, samples = math.gcd(rate, new_rate), audio.shape[-1]
-    widen = max(1, 64 * step // new_rate)  # a product of few columns is slow
-    old, new = widen * rate // step, widen * new_rate // step
+    # Compute several periods per block: a matrix with few columns multiplies slowly.
+    periods = max(1, 64 * step // new_rate)
+    old, new = periods * rate // step, periods * new_rate // step
     kernel, reach = sinc_kernel(old, new)
-    padded = torch.nn.functional.pad(audio, (reach, reach + -samples % old))
+    blocks = math.ceil(samples / old)
+    padded = torch.nn.functional.pad(audio, (reach, reach + blocks * old - samples))
     out = padded.unfold(-1, len(kernel), old) @ kernel  # (..., blocks, new)
-    return out.flatten(-2)[..., : -(-samples * new // old)]
+    return out.flatten(-2)[..., : math.ceil(samples * new / old)]
 
 
 # ---------------------------------------------------------------- rows
 
 AUDIO_SUFFIXES = (".flac", ".wav", ".mp3", ".ogg", ".opus", ".m4a", ".aac", ".webm")
 KEYS = ("audio", "instruction", "answer", "task", "split", "label", "seconds")
-MEANT = dict(zip(KEYS, KEYS), set="split", fold="split", question="instruction",
-             prompt="instruction")
+OTHER_KEYS = {"set": "split", "fold": "split",
+              "question": "instruction", "prompt": "instruction"}
 SILENT = re.compile("silen|quiet|nothing|empty|no (sound|speech|audio)", re.I)
-# What is kept of a row: where its JSON lies, and its audio in a tar (-1: a file of its own);
-# seconds; bytes of text (-1: unfit for training); numbers of its file, task and split.
-ROW = np.dtype([("at", "i8"), ("audio_at", "i8"), ("audio_size", "i8"), ("size", "i4"),
-                ("seconds", "f4"), ("text", "i4"), ("file", "i4"), ("task", "i4"), ("split", "i4")])
+# What is kept of a row. Its JSON's place, in bytes; its audio's in a tar (audio_at -1: a file of
+# its own); seconds (0: unknown); bytes of instruction and answer (-1: unfit for training);
+# numbers in Rows.paths, tasks and splits.
+ROW = np.dtype([("json_at", "i8"), ("audio_at", "i8"), ("audio_size", "i8"),
+                ("json_size", "i4"), ("seconds", "f4"), ("text_bytes", "i4"),
+                ("file", "i4"), ("task", "i4"), ("split", "i4")])
 pack_row = struct.Struct("<qqqifiiii").pack
 
 
 def scan_manifest(path: str):
-    """A JSON Lines file -> (name for messages, row's JSON, folder of its audio, place)."""
+    """A JSON Lines file -> (row's name, its JSON, None, ROW's first 4 fields)."""
     at = 0
     with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
-            if at == 0 and re.match(POINTER + rb"|\W*(\[|\{\s*$)", line):
+            start = line.removeprefix(b"\xef\xbb\xbf").strip()  # a byte order mark
+            if at == 0 and (start == b"{" or start.startswith((b"[", POINTER))):
                 raise ValueError("needs one JSON object a line; for an array jq -c '.[]' "
                                  "IN > OUT, indented jq -c ., a pointer git lfs pull")
-            if not line.isspace():
-                yield f"{path}:{number}", line, os.path.dirname(path), (at, -1, 0, len(line))
+            if start:
+                yield f"{path}:{number}", line, None, (at, -1, 0, len(line))
             at += len(line)
 
 
 def scan_tar(path: str):
-    """A tar -> (name for messages, row's JSON, its audio as an open file, place).
-
-    KEY.json meets KEY.flac in the order they come, so that a key may occur again later.
-    """
+    """A tar -> (row's name, its JSON, its audio's file, ROW's first 4 fields)."""
+    # Each KEY.json is paired with the next audio of KEY, or the reverse; KEY is then free again.
     waiting = {}  # key -> {kind: member}
     with tarfile.open(path, "r:") as tar:
         for member in tar:
@@ -286,35 +289,37 @@ def scan_tar(path: str):
                 raise ValueError(f"{member.name}: a link or sparse; pack with "
                                  "tar -h --hard-dereference")
             if kind in pair:
-                raise ValueError(f"{member.name}: comes twice before its partner; "
-                                 "give each clip its own key")
+                raise ValueError(f"{member.name}: comes twice before its partner; rename one")
             pair[kind] = member
             if len(pair) == 2:
-                text, audio = waiting.pop(key)["json"], pair["audio"]
-                place = text.offset_data, audio.offset_data, audio.size, text.size
-                text, audio = tar.extractfile(text).read(), tar.extractfile(audio)
-                yield f"{path}: {key}.json", text, audio, place
-        # tarfile stops at what is no header.
+                del waiting[key]
+                row, audio = pair["json"], pair["audio"]
+                place = row.offset_data, audio.offset_data, audio.size, row.size
+                row, audio = tar.extractfile(row).read(), tar.extractfile(audio)
+                yield f"{path}: {key}.json", row, audio, place
+        # tarfile stops silently at what is no header: only zeros, the end mark, may remain.
         rest = os.path.getsize(path) - tar.offset
         if not 512 <= rest <= 2**20 or read_bytes(path, tar.offset).strip(b"\0"):
             raise ValueError(f"cut short, damaged or several tars in one, after {tar.offset} "
                              "bytes; fetch it again")
-    for key, pair in waiting.items():
+    if waiting:
+        key, pair = waiting.popitem()
         lacks = "audio without its .json" if "audio" in pair else ".json without its audio"
         raise ValueError(f"{key}: {lacks}")
 
 
-def parse_row(text: bytes, in_tar: bool) -> dict:
-    """A row from its JSON. Raises ValueError."""
+def parse_row(line: bytes, in_tar: bool) -> dict:
+    """A row from its JSON, without nulls. Raises ValueError."""
     try:
-        text = text.decode("utf-8-sig", "surrogateescape")  # for the file's name
+        text = line.decode("utf-8-sig", "surrogateescape")  # for the audio file's name
         row = json.loads(text, parse_constant=refuse)
     except ValueError as e:
         raise ValueError(f"not JSON ({e})") from None
     if in_tar and isinstance(row, list):
-        return {"events": row}  # so X-ARES publishes DESED and MAESTRO
+        return {"events": row}  # as in some published tars
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
+    row = {key: value for key, value in row.items() if value is not None}
     if not in_tar and not (isinstance(row.get("audio"), str) and row["audio"]):
         raise ValueError('lacks "audio", the clip\'s path relative to this file')
     return row
@@ -324,105 +329,102 @@ def refuse(constant: str):
     raise ValueError(f"{constant} is no JSON; use null")
 
 
-def text_of(row: dict, key: str, usual: str) -> str:
-    return usual if row.get(key) is None else str(row[key])
+def misnamed_keys(row: dict, answers: bool) -> list[str]:
+    """A message for each key that likely means another, absent one."""
+    # Foreign tars (no answers asked) may use any keys.
+    if not answers and "audio" not in row:
+        return []
+    meant = {key: meant_key(key) or key for key in row}
+    return [f'has "{key}" but no "{meant[key]}"; rename or drop it'
+            for key in row if meant[key] not in row]
 
 
-def check_row(row: dict, seconds, answers, max_seconds) -> int:
-    """A row's text_bytes, -1 if it is unfit for training. Raises ValueError."""
-    # Tars of others, which are probed, have keys of their own.
-    own = answers or "audio" in row
-    for key in row:
-        meant = meant_key(key)
-        if own and meant and meant not in row:
-            raise ValueError(f'has "{key}" but no "{meant}"; rename or drop it')
+@lru_cache(maxsize=1000)
+def meant_key(key: str) -> str | None:
+    close = difflib.get_close_matches(key.lower(), [*KEYS, *OTHER_KEYS], 1, 0.8)
+    return OTHER_KEYS.get(close[0], close[0]) if close else None
+
+
+def check_row(row: dict, seconds, answers: bool, max_seconds) -> int:
+    """Bytes of instruction and answer; -1, or an error if `answers`: unfit for training."""
     if not isinstance(seconds, (int, float)) or not 0 <= seconds < math.inf:
         raise ValueError(f"seconds is {seconds!r}; need a number")
     check_length(seconds, max_seconds)
+    answer, instruction = row.get("answer"), row.get("instruction", "")
+    task = str(row.get("task", ""))
     try:
-        return text_bytes(row)
+        if not isinstance(answer, str) or not answer.strip():
+            raise ValueError(f"answer is {answer!r}; training needs a text")
+        if not isinstance(instruction, str):
+            raise ValueError(f"instruction is {instruction!r}; need a text")
+        if not instruction and task not in TEMPLATES:
+            raise ValueError(f"no instruction, and task {task!r} has no templates; "
+                             "add either (TEMPLATES in data.py)")
+        return len(((instruction or TEMPLATES[task][0]) + answer).encode())
     except ValueError:
         if answers:
             raise
         return -1
 
 
-@lru_cache(maxsize=1000)
-def meant_key(key: str) -> str | None:
-    """The key, or the one that its writer is likely to have meant."""
-    close = difflib.get_close_matches(key.lower(), MEANT, 1, 0.8)
-    return MEANT[close[0]] if close else None
-
-
-def header_seconds(clip) -> float:
-    """0 where the header does not tell: the clip is named when it is read."""
+def header_seconds(audio) -> float:
     try:
-        info = sf.info(clip)
+        info = sf.info(audio)
         return info.duration if info.frames <= UNKNOWN else 0.0
     except Exception:  # libsndfile and soundfile raise many kinds
-        return 0.0
+        return 0.0  # reading will name the clip
 
 
-def text_bytes(row: dict) -> int:
-    """Bytes of a row's instruction and answer. Raises ValueError if unfit for training."""
-    answer, instruction = row.get("answer"), row.get("instruction") or ""
-    task = text_of(row, "task", "")
-    if not isinstance(answer, str) or not answer.strip():
-        raise ValueError(f"answer is {answer!r}; training needs a text")
-    if not isinstance(instruction, str):
-        raise ValueError(f"instruction is {instruction!r}; need a text")
-    if not instruction and task not in TEMPLATES:
-        raise ValueError(f"no instruction, and task {task!r} has no templates; "
-                         "add either (TEMPLATES in data.py)")
-    return len(((instruction or TEMPLATES[task][0]) + answer).encode())
-
-
-def scan(paths: list[str], answers, keep, max_seconds):
-    """Manifests and tars -> (names and counts; table of ROW), see Rows."""
-    table, problems = bytearray(), []
-    tasks, splits, counts = {}, {}, Counter()
-    for number, path in enumerate(paths):
-        before, in_tar = counts.total(), path.endswith(".tar")
+def scan(paths, answers, splits, max_seconds, problems: Counter):
+    """Manifests and tars -> (paths, tasks, splits, split_counts, table), see Rows."""
+    table, split_counts = bytearray(), Counter()
+    tasks, numbers = {}, {}  # task, split -> its number
+    for file_number, path in enumerate(paths):
+        in_tar = path.endswith((".tar", ".gz", ".tgz"))  # tarfile refuses .gz
+        is_empty, misnamed = True, {}
         try:
-            entries = scan_tar(path) if in_tar else scan_manifest(path)
-            for name, text, clip, place in entries:
+            for name, line, audio, place in scan_tar(path) if in_tar else scan_manifest(path):
+                is_empty = False
                 try:
-                    row = parse_row(text, in_tar)
-                    task = text_of(row, "task", "")
-                    split = text_of(row, "split", "train")
-                    counts[split] += 1
-                    if keep is not None and split not in keep:
+                    row = parse_row(line, in_tar)
+                    task, split = str(row.get("task", "")), str(row.get("split", "train"))
+                    split_counts[split] += 1
+                    if splits is not None and split not in splits:
                         continue
-                    clip = clip if in_tar else os.fsencode(os.path.join(clip, row["audio"]))
-                    seconds = row["seconds"] if "seconds" in row else header_seconds(clip)
-                    text = check_row(row, seconds, answers, max_seconds)
-                    table += pack_row(*place, seconds, text, number,
+                    faults = misnamed_keys(row, answers)
+                    for fault in faults:  # named once a file
+                        problems[misnamed.setdefault(fault, f"{name}: {fault}")] += 1
+                    if faults:
+                        continue
+                    if not in_tar:
+                        audio = os.fsencode(os.path.join(os.path.dirname(path), row["audio"]))
+                    seconds = row["seconds"] if "seconds" in row else header_seconds(audio)
+                    size = check_row(row, seconds, answers, max_seconds)
+                    table += pack_row(*place, seconds, size, file_number,
                                       tasks.setdefault(task, len(tasks)),
-                                      splits.setdefault(split, len(splits)))
+                                      numbers.setdefault(split, len(numbers)))
                 except ValueError as e:
-                    problems.append(f"{name}: {e}")
-            if counts.total() == before and not problems:
+                    problems[f"{name}: {e}"] += 1
+            if is_empty:
                 raise ValueError("holds no rows")
         except tarfile.ReadError as e:
-            problems.append(f"{path}: not a plain tar, or cut short ({e}); unpack a .gz "
-                            "first, else fetch it again (git lfs pull)")
+            problems[f"{path}: not a plain tar, or cut short ({e}); unpack a .gz first, "
+                     "else fetch it again (git lfs pull)"] += 1
         except ValueError as e:
-            problems.append(f"{path}: {e}")
-    if problems:
-        more = [f"... and {len(problems) - 10} more"] if len(problems) > 10 else []
-        raise ValueError(printable("\n".join(problems[:10] + more)))
-    facts = dict(paths=paths, tasks=list(tasks), splits=list(splits), split_counts=counts)
-    return facts, np.frombuffer(table, ROW)
+            problems[f"{path}: {e}"] += 1
+    return paths, list(tasks), list(numbers), split_counts, np.frombuffer(table, ROW)
 
 
 def write_index(rows: "Rows", path: str) -> None:
     """A line of JSON, then the rows' table, which all processes map into memory."""
     paths = [os.path.abspath(data) for data in rows.paths]
-    facts = dict(paths=paths, tasks=rows.tasks, splits=rows.splits, rows=len(rows),
-                 split_counts=rows.split_counts, stamps=[stamp(data) for data in paths])
+    stamps = [[os.path.getsize(data), os.path.getmtime(data)] for data in paths]
+    names = paths, rows.tasks, rows.splits, rows.split_counts
+    facts = dict(names=names, rows=len(rows), stamps=stamps)
     head = json.dumps(facts).encode()
+    head += b" " * (63 - len(head) % 64) + b"\n"  # whole 64 bytes
     with open(path, "wb") as f:
-        f.write(head + b" " * (63 - len(head) % 64) + b"\n")
+        f.write(head)
         f.write(rows.table)
 
 
@@ -431,77 +433,77 @@ def open_index(path: str):
         with open(path, "rb") as f:
             head = f.readline()
         facts = json.loads(head)
-        table = np.memmap(path, ROW, "r", len(head), (facts["rows"],))
+        names, table = facts["names"], np.memmap(path, ROW, "r", len(head), (facts["rows"],))
     except (ValueError, KeyError):
         raise ValueError(f"{path}: is no index; write it again") from None
-    for data, before in zip(facts["paths"], facts["stamps"]):
-        if stamp(data) != before:
+    for data, before in zip(names[0], facts["stamps"]):
+        if [os.path.getsize(data), os.path.getmtime(data)] != before:
             raise ValueError(f"{path}: {data} has changed; write the index again")
-    return facts, table
-
-
-def stamp(path: str) -> list[int]:
-    return [os.stat(path).st_size, os.stat(path).st_mtime_ns]
+    return *names, table
 
 
 class Rows:
     """The rows of manifests and tars, or of one index of them, read when asked for.
 
-    rows[i] is row i's dictionary, rows.audio(i) its samples, rows.name(i) its place.
-    Arrays: seconds, task and split (numbers into tasks, splits), text (bytes).
+    rows[i] is row i's dictionary without nulls, rows.audio(i) its samples, rows.name(i) its
+    place. Arrays: seconds, text_bytes, task and split (numbers into tasks, splits).
     split_counts: {split: rows}, those left out included.
-
-    answers: all must be fit for training. splits: keep only these (a row without one is
-    "train"; an index keeps all). max_seconds: none may be longer.
-    Raises ValueError with one line for each of the first ten bad rows.
+    answers: all must be fit for training. splits: keep only these ("train" where a row tells
+    none; an index keeps all). max_seconds: none may be longer. Raises ValueError with one
+    line for each of the first ten problems.
     """
 
     def __init__(self, paths, answers=False, splits=None, max_seconds=None):
         paths = expand([paths] if isinstance(paths, (str, os.PathLike)) else paths)
-        if paths[0].endswith(".index"):
-            facts, self.table = open_index(*paths)
-        else:
-            facts, self.table = scan(paths, answers, splits, max_seconds)
-        self.paths, self.tasks, self.splits = facts["paths"], facts["tasks"], facts["splits"]
-        self.split_counts = facts["split_counts"]
-        self.seconds, self.text = self.table["seconds"], self.table["text"]
+        problems = Counter()  # message -> rows
+        found = (open_index(*paths) if paths[0].endswith(".index") else
+                 scan(paths, answers, splits, max_seconds, problems))
+        self.paths, self.tasks, self.splits, self.split_counts, self.table = found
+        self.seconds, self.text_bytes = self.table["seconds"], self.table["text_bytes"]
         self.task, self.split = self.table["task"], self.table["split"]
-        limit = math.inf if max_seconds is None else max_seconds + 1e-3
         # What a scan would have refused may be in an index.
-        bad = (self.seconds > limit) | (self.text < 0) & answers
-        for i in np.flatnonzero(bad).tolist():
-            if splits is None or self.splits[self.split[i]] in splits:
-                try:
-                    check_row(self[i], self.seconds[i].item(), answers, max_seconds)
-                except ValueError as e:
-                    raise ValueError(f"{self.name(i)}: {e}") from None
+        limit = math.inf if max_seconds is None else max_seconds + 1e-3
+        bad = (self.seconds > limit) | (answers & (self.text_bytes < 0))
+        kept = [splits is None or split in splits for split in self.splits]
+        bad &= np.array(kept, bool)[self.split]
+        for i in np.flatnonzero(bad)[:10].tolist():
+            try:
+                check_row(self[i], self.seconds[i].item(), answers, max_seconds)
+            except ValueError as e:
+                problems[f"{self.name(i)}: {e}"] += 1
+        lines = [line if n == 1 else f"{line} ({n} rows)" for line, n in problems.items()]
+        if len(lines) > 10:
+            lines[10:] = [f"... and {len(lines) - 10} more"]
+        if lines:
+            raise ValueError(printable("\n".join(lines)))
 
     def __len__(self):
         return len(self.table)
 
     def __getitem__(self, i: int) -> dict:
-        at, audio_at, _, size, *_, file, _, _ = self.table[i].item()
-        text = read_bytes(self.paths[file], at, size)
+        place = self.table[i]
+        path, at = self.paths[place["file"]], place["json_at"]
+        line = read_bytes(path, at, place["json_size"])
         try:
-            return parse_row(text, audio_at >= 0)
+            return parse_row(line, place["audio_at"] >= 0)
         except ValueError:
-            raise AudioError(printable(f"{self.paths[file]}: no row at byte {at} any more; it "
-                                       "has changed since the start")) from None
+            raise AudioError(printable(f"{path}: no row at byte {at} any more; it has changed "
+                                       "since the start")) from None
 
-    def clip(self, i: int, row: dict | None = None) -> tuple[str, int, int]:
-        """Where row i's audio lies: file, start, size (-1: to its end)."""
-        _, at, size, *_, file, _, _ = self.table[i].item()
-        path = self.paths[file]
+    def clip(self, i: int, row=None) -> tuple[str, int, int]:
+        """Where row i's audio lies: file, start, size in bytes (-1: all)."""
+        place = self.table[i]
+        path, at = self.paths[place["file"]], int(place["audio_at"])
         if at >= 0:
-            return path, at, size
+            return path, at, int(place["audio_size"])
         return os.path.join(os.path.dirname(path), (row or self[i])["audio"]), 0, -1
 
     def read(self, i: int, sample_rate=16_000, max_seconds=None):
         """Row i and its samples (S,), float32. Raises AudioError."""
         try:
             row = self[i]
-            silence = bool(SILENT.search(f"{row.get('label')} {row.get('answer')}"))
             raw = read_bytes(*self.clip(i, row))
+            silence = bool(SILENT.search(f"{row.get('label')} {row.get('answer')}"))
             return row, read_audio(raw, sample_rate, max_seconds, "audio", silence)
         except AudioError as e:
             raise AudioError(f"{self.name(i)}: {e}") from None
@@ -511,20 +513,20 @@ class Rows:
 
     def name(self, i: int) -> str:
         """Row i's place, for a message: manifest:line (audio), or tar (member)."""
-        at, audio_at, *_, file, _, _ = self.table[i].item()
-        path, name = self.paths[file], "?"
+        place, audio = self.table[i], "?"
+        path, at, audio_at = self.paths[place["file"]], place["json_at"], place["audio_at"]
         try:
             if audio_at < 0:
                 line = 1
                 for block in range(0, at, 2**20):
                     line += read_bytes(path, block, min(2**20, at - block)).count(b"\n")
-                path, name = f"{path}:{line}", self[i]["audio"]
+                path, audio = f"{path}:{line}", self[i]["audio"]
             else:
                 with tarfile.open(path) as tar:
-                    name = next(m.name for m in tar if m.offset_data == audio_at)
+                    audio = next(m.name for m in tar if m.offset_data == audio_at)
         except (OSError, ValueError, tarfile.TarError, StopIteration):
             pass  # it has vanished
-        return printable(f"{path} ({name})")
+        return printable(f"{path} ({audio})")
 
     def where(self, split: str) -> np.ndarray:
         """Numbers of the rows of a split, int32."""
@@ -546,42 +548,37 @@ def expand(paths) -> list[str]:
     for path, times in Counter(map(os.path.realpath, found)).items():
         if times > 1:
             raise ValueError(f"{path}: named twice among the data")
-        if path.endswith((".gz", ".tgz")):
-            raise ValueError(f"{path}: is compressed; unpack it first")
         if path.endswith(".index") and len(found) > 1:
             raise ValueError(f"{path}: name an index alone")
     return found
 
 
-# ---------------------------------------------------------------- sampling
+# ---------------------------------------------------------------- sampling, batches
 
 POOL = 64  # batches
-# Lengths vary by this share before they are sorted: one task alone must not fill a batch.
+# Noise on lengths for sorting, so that equally long tasks mix.
 JITTER = 0.1
-SHORTEST = 0.1  # seconds
-# A batch costs its rows times (longest audio + longest text), for both are padded. A token of
-# text, of 4 bytes, costs what one of audio does, 0.08 s; a prompt has 15 tokens of its own.
+SHORTEST = 0.1  # seconds that a shorter clip, or one of unknown length, counts
+# A batch costs its rows times (longest audio + longest text), for both are padded. Text is
+# counted as 4 bytes a token, with 15 tokens for the prompt, and a token as 0.08 s of audio.
 TOKEN_SECONDS = 0.08
+PASS_ORDER, POOL_ORDER, HELD_OUT_ORDER = 1, 2, 3  # parts of seeds
 
 
 def task_shares(rows: Rows, index, temperature=2.0, weights=None) -> dict[int, float]:
-    """{task number: its share of the rows in training}, for the rows numbered `index`.
-
-    weights: {task: weight}; else tasks weigh rows ** (1 / temperature): 1 as they are, higher
-    evens them out. Raises ValueError.
-    """
-    counts = np.bincount(rows.task[index], minlength=len(rows.tasks)).tolist()
-    sizes = {task: n for task, n in zip(rows.tasks, counts) if n}
-    unknown = sorted(set(weights or {}) - set(sizes))
-    if not sizes:
-        raise ValueError("no rows to train on: no row has the split that --train-split names")
+    """{task number: its share in training}, for the rows numbered `index`.
+    weights: {task: weight}; tasks without one are left out. Else a task weighs
+    rows ** (1 / temperature): 1 keeps the data's proportions, higher evens them out."""
+    counts = np.bincount(rows.task[index]).tolist()
+    shares = {task: n ** (1 / temperature) for task, n in enumerate(counts) if n}
+    if not shares:
+        raise ValueError("no rows to train on: none has the split of --train-split")
+    names = sorted(rows.tasks[task] for task in shares)
+    unknown = sorted(set(weights or {}) - set(names))
     if unknown:
-        raise ValueError(f"weights name tasks that the data lacks: {unknown}; "
-                         f"it has {sorted(sizes)}")
-    shares = {}
-    for task, n in sizes.items():
-        weight = weights.get(task, 0.0) if weights else n ** (1 / temperature)
-        shares[rows.tasks.index(task)] = weight
+        raise ValueError(f"weights name tasks that the data lacks: {unknown}; it has {names}")
+    if weights:
+        shares = {task: weights.get(rows.tasks[task], 0.0) for task in shares}
     total = sum(shares.values())
     if not 0 < total < math.inf or min(shares.values()) < 0:
         raise ValueError(f"task weights {weights}: each must be a number of 0 or more, "
@@ -592,96 +589,87 @@ def task_shares(rows: Rows, index, temperature=2.0, weights=None) -> dict[int, f
 def sample_batches(rows: Rows, index, shares, batch_seconds: float, seed=0, start=0, step=1):
     """Endless seeded batches: yields (batch number, row numbers), batch `start` first.
 
-    Batches come in pools of 64. A pool takes from every task its exact share, next in line of
-    that task's shuffled passes; sorts these rows by length; cuts them into batches of equal
-    cost, on average `batch_seconds` of padded audio; shuffles the batches. Any pool can be made
-    without those before it, so the state of a run is one number: the batches that all ranks
-    have taken. Rank r of R starts at this number + r, with step R.
+    To resume, save one number: the batches consumed so far, summed over ranks. Rank r of R
+    goes on at this number + r, with step R; all other arguments must stay the same.
     """
-    members, mean, task_of = {}, 0.0, rows.task[index]
+    # Each pool of 64 batches takes from every task its exact share, the next of that task's
+    # shuffled passes. It is sorted by length, cut into batches of equal cost, and shuffled.
+    members, mean = {}, 0.0  # row numbers by task; seconds
     for task, share in shares.items():
-        members[task] = index[task_of == task]
-        seconds = np.maximum(rows.seconds[members[task]], SHORTEST)
-        mean += share * float(seconds.mean())
-    # Rounding can take a row from each task's share of a pool; every batch needs a row.
+        members[task] = index[rows.task[index] == task]
+        mean += share * float(np.maximum(rows.seconds[members[task]], SHORTEST).mean())
+    # 5 % are left for padding. Every batch needs a row; a task may get one less than its share.
     size = max(POOL + len(shares), 0.95 * POOL * batch_seconds / mean)
-    pool, number = None, start
+    pool, batch_number = None, start
     while True:
-        if pool != number // POOL:
-            pool, picked = number // POOL, []
+        if pool != batch_number // POOL:
+            pool, picked = batch_number // POOL, []
             for task, share in shares.items():
-                first, last = round(size * share * pool), round(size * share * (pool + 1))
-                picked.append(next_rows(members[task], first, last, (seed, 1, task)))
-            draw = np.random.default_rng([seed, 2, pool])
-            batches = cut_evenly(rows, np.concatenate(picked), draw)
-        yield number, batches[number % POOL]
-        number += step
+                first, end = round(size * share * pool), round(size * share * (pool + 1))
+                picked.append(next_rows(members[task], first, end, (seed, PASS_ORDER, task)))
+            draw = np.random.default_rng([seed, POOL_ORDER, pool])
+            batches = even_batches(rows, np.concatenate(picked), draw)
+        yield batch_number, batches[batch_number % POOL]
+        batch_number += step
 
 
-def next_rows(members, first: int, last: int, seed: tuple) -> np.ndarray:
-    """Rows `first` to `last` of a task's endless line: its passes, each shuffled anew."""
+def next_rows(members, first: int, end: int, seed: tuple) -> np.ndarray:
+    """Rows `first` to `end` - 1 of a task's endless line: passes, each shuffled anew."""
     n, picked = len(members), [members[:0]]
-    for turn in range(first // n, -(-last // n)):
-        order = shuffled(n, (*seed, turn))
-        picked.append(members[order[max(first - turn * n, 0) : last - turn * n]])
+    for turn in range(first // n, math.ceil(end / n)):
+        order = np.random.default_rng((*seed, turn)).permutation(n)
+        picked.append(members[order[max(first - turn * n, 0) : end - turn * n]])
     return np.concatenate(picked)
 
 
-@lru_cache(maxsize=256)
-def shuffled(n: int, seed: tuple) -> np.ndarray:
-    return np.random.default_rng(seed).permutation(n).astype(np.int32)
-
-
-def cut_evenly(rows: Rows, picked, draw) -> list[list[int]]:
-    """A pool's rows -> its batches, of like length and cost, in random order."""
+def even_batches(rows: Rows, picked, draw) -> list[list[int]]:
+    """A pool's rows -> POOL batches, of like length and cost, in random order."""
     seconds = np.maximum(rows.seconds[picked], SHORTEST)
-    text = TOKEN_SECONDS * (15 + np.maximum(rows.text[picked], 0) / 4)
-    about = seconds * draw.uniform(1 - JITTER, 1 + JITTER, len(picked)) + text
-    order = np.argsort(about, kind="stable")
-    picked, seconds = picked[order].tolist(), seconds[order].tolist()
-    text = text[order].tolist()
+    text = TOKEN_SECONDS * (15 + np.maximum(rows.text_bytes[picked], 0) / 4)
+    noise = draw.uniform(1 - JITTER, 1 + JITTER, len(picked))
+    order = np.argsort(seconds * noise + text, kind="stable")
+    picked, seconds, text = (x[order].tolist() for x in (picked, seconds, text))
     low, high = 0.0, len(picked) * (max(seconds) + max(text))
-    for _ in range(24):  # the smallest limit that gives no more batches
+    for _ in range(24):  # the smallest limit that gives no more than POOL batches
         middle = (low + high) / 2
         if len(cut(picked, seconds, middle, text)) <= POOL:
             high = middle
         else:
             low = middle
     batches = cut(picked, seconds, high, text)
-    # Ties can leave a batch too few: halve the fullest.
+    # Ties can give fewer than POOL batches: halve the fullest.
     while len(batches) < POOL:
         sizes = [len(batch) for batch in batches]
-        fullest, half = sizes.index(max(sizes)), max(sizes) // 2
-        batches[fullest : fullest + 1] = batches[fullest][:half], batches[fullest][half:]
+        i, half = sizes.index(max(sizes)), max(sizes) // 2
+        batches[i : i + 1] = batches[i][:half], batches[i][half:]
     draw.shuffle(batches)
     return batches
 
 
-def cut(rows, seconds, limit: float, text=None) -> list[list[int]]:
-    """Rows, about sorted -> batches that cost at most `limit` seconds, or of a single row."""
+def cut(items, seconds, limit: float, text=None) -> list[list]:
+    """Items, about sorted -> batches of at most `limit` seconds, or of a single item."""
     batches, longest, wordiest = [], 0.0, 0.0
-    for row, s, t in zip(rows, seconds, text or [0.0] * len(rows)):
+    for item, s, t in zip(items, seconds, text or [0.0] * len(items)):
         longest, wordiest = max(longest, s), max(wordiest, t)
         if not batches or (len(batches[-1]) + 1) * (longest + wordiest) > limit:
             batches.append([])
             longest, wordiest = s, t
-        batches[-1].append(row)
+        batches[-1].append(item)
     return batches
 
 
 def held_out(rows: Rows, split: str, per_task: int, batch_seconds: float, seed=0):
-    """A fixed held-out set as (number, row numbers) of its batches: up to `per_task` rows of
-    each task (0: all), by length."""
+    """A fixed held-out set, [(batch number, row numbers)]: up to `per_task` rows of each task
+    (0: all), by length, at most `batch_seconds` of padded audio a batch."""
     index, picked = rows.where(split), []
     for task in np.unique(rows.task[index]):
         members = index[rows.task[index] == task]
-        order = np.random.default_rng([seed, 3, int(task)]).permutation(len(members))
-        picked += members[order[: per_task or None]].tolist()
+        draw = np.random.default_rng([seed, HELD_OUT_ORDER, int(task)])
+        picked += members[draw.permutation(len(members))[: per_task or None]].tolist()
     picked.sort(key=lambda i: (rows.seconds[i], i))
-    return list(enumerate(cut(picked, rows.seconds[picked], batch_seconds)))
+    seconds = np.maximum(rows.seconds[picked], SHORTEST)
+    return list(enumerate(cut(picked, seconds, batch_seconds)))
 
-
-# ---------------------------------------------------------------- batches
 
 @dataclass(frozen=True)
 class Batch:
@@ -700,17 +688,16 @@ class Batch:
     def answer_tokens(self) -> list[int]:
         return [len(answer) for answer in self.answers]
 
-    # Workers hand tensors over in /dev/shm, and die where it is full: a container has 64 MiB.
-    # Arrays go through a pipe, a little slower.
+    # Workers hand tensors over in /dev/shm and die where it is full: then arrays go by pipe.
     def __getstate__(self):
         shm = "/dev/shm"
-        if os.path.exists(shm) and shutil.disk_usage(shm).free > 2**32:
+        if os.path.exists(shm) and shutil.disk_usage(shm).free > 2**32:  # 4 GiB
             return vars(self)
         return vars(self) | dict(audio=self.audio.numpy(), samples=self.samples.numpy())
 
     def __setstate__(self, state):
-        audio, samples = torch.as_tensor(state["audio"]), torch.as_tensor(state["samples"])
-        vars(self).update(state, audio=audio, samples=samples)
+        vars(self).update(state, audio=torch.as_tensor(state["audio"]),
+                          samples=torch.as_tensor(state["samples"]))
 
     def pin_memory(self):
         return replace(self, audio=self.audio.pin_memory())
@@ -721,54 +708,52 @@ class Batch:
 
 class Batches(Dataset):
     """(batch number, row numbers) -> Batch: reads, draws instructions, tokenises.
-
-    tokenizer: has prompt(instruction) -> ids and answer(text) -> ids.
-    """
+    tokenizer: has prompt(instruction) -> ids and answer(text) -> ids."""
 
     def __init__(self, rows: Rows, tokenizer, seed=0, max_seconds=None, sample_rate=16_000):
         self.rows, self.tokenizer, self.seed = rows, tokenizer, seed
         self.max_seconds, self.sample_rate = max_seconds, sample_rate
 
     def __getitem__(self, spec) -> Batch:
-        number, wanted = spec
-        clips, skipped = {}, []  # row number -> (row, audio)
-        self._read(wanted, clips, skipped)
-        if not clips:  # every rank needs a batch: take the next row of this split
-            same = np.flatnonzero(self.rows.split == self.rows.split[wanted[0]])
-            after = np.roll(same, -1 - np.searchsorted(same, wanted[0]))[:-1]
-            for i in after[:20].tolist():
+        batch_number, wanted = spec
+        clips, skipped = [], []  # (row number, row, audio); (task, message)
+        for i in wanted:
+            self._read(i, clips, skipped)
+        if not clips:  # every rank needs a batch: replace it
+            split, task, first = self.rows.split, self.rows.task, wanted[0]
+            alike = np.flatnonzero((split == split[first]) & np.isin(task, task[wanted]))
+            following = np.concatenate([alike[alike > first], alike[alike < first]])
+            for i in following[:20].tolist():
                 if not clips:
-                    self._read([i], clips, skipped)
+                    self._read(i, clips, skipped)
         if not clips:
             raise AudioError(f"{len(skipped)} clips in a row cannot be read; "
                              f"the last: {skipped[-1][1]}")
-        draw = random.Random(f"{self.seed}/{number}")
-        kept = [i for i in wanted if i in clips] or list(clips)
-        tasks = [self.rows.tasks[self.rows.task[i]] for i in kept]
-        audio = [clips[i][1] for i in kept]
-        texts = [clips[i][0]["answer"].strip() for i in kept]
+        draw = random.Random(f"{self.seed}/{batch_number}")
+        numbers, rows, audio = zip(*clips)
+        tasks = [self.rows.tasks[self.rows.task[i]] for i in numbers]
+        texts = [row["answer"].strip() for row in rows]
         instructions = []
-        for i, task in zip(kept, tasks):
-            own = clips[i][0].get("instruction")
-            instructions.append(own or draw.choice(TEMPLATES[task]))
+        for row, task in zip(rows, tasks):
+            instructions.append(row.get("instruction") or draw.choice(TEMPLATES[task]))
         return Batch(
             audio=torch.nn.utils.rnn.pad_sequence(audio, batch_first=True),
             samples=torch.tensor([len(clip) for clip in audio]),
             prompts=[self.tokenizer.prompt(text) for text in instructions],
-            answers=[self.tokenizer.answer(text) for text in texts],
-            tasks=tasks, rows=kept, instructions=instructions, texts=texts, skipped=skipped)
+            answers=[self.tokenizer.answer(text) for text in texts], tasks=tasks,
+            rows=list(numbers), instructions=instructions, texts=texts, skipped=skipped)
 
-    def _read(self, numbers, clips: dict, skipped: list) -> None:
-        for i in numbers:
-            try:
-                clips[i] = self.rows.read(i, self.sample_rate, self.max_seconds)
-            except AudioError as e:
-                skipped.append((self.rows.tasks[self.rows.task[i]], str(e)))
+    def _read(self, i: int, clips: list, skipped: list) -> None:
+        try:
+            clips.append((i, *self.rows.read(i, self.sample_rate, self.max_seconds)))
+        except AudioError as e:
+            skipped.append((self.rows.tasks[self.rows.task[i]], str(e)))
 
 
-def leave_signals(worker: int) -> None:
-    """Signals reach the workers, too; what follows is for the main process to decide."""
+def set_worker_signals(worker: int) -> None:
+    # Ctrl-C reaches the workers, too; the main process stops them when it is ready.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The main process's handler, which they inherit, may only take note: end at once.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 
@@ -777,7 +762,7 @@ def loader(batches: Batches, specs, workers: int, pin_memory=False):
     # Forked workers share the rows' memory; Python 3.14 has another default.
     how = dict(multiprocessing_context="fork", prefetch_factor=4) if workers else {}
     return DataLoader(batches, batch_size=None, sampler=specs, num_workers=workers,
-                      pin_memory=pin_memory, worker_init_fn=leave_signals, **how)
+                      pin_memory=pin_memory, worker_init_fn=set_worker_signals, **how)
 
 
 # ---------------------------------------------------------------- command line

@@ -316,7 +316,7 @@ def flush(path: Path) -> None:
 def fixed_settings(s: Settings, rows: Rows) -> dict:
     """What decides a run's numbers, as JSON; the rows by their checksum."""
     checksum = 0
-    for column in (rows.seconds, rows.text, rows.task, rows.split):
+    for column in (rows.seconds, rows.text_bytes, rows.task, rows.split):
         checksum = zlib.crc32(np.ascontiguousarray(column), checksum)
     fixed = vars(s) | dict(ranks=world(), rows=len(rows), checksum=checksum,
                            tasks=rows.tasks, splits=rows.splits)

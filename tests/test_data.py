@@ -182,6 +182,25 @@ def test_several_recordings_in_one_file_are_refused(kind):
         read_audio(one + bytes_of(tone(2.0, 880), **dict(zip(("format", "subtype"), kind.split()))), name="clip")
 
 
+def with_vbri(mp3: bytes) -> bytes:
+    """An MP3 whose first frame is Fraunhofer's: version, delay, quality, bytes, frames, table."""
+    sound = without_length(mp3)
+    frame = bytearray(len(mp3) - len(sound))
+    frame[:4], frames = mp3[:4], struct.unpack(">I", mp3[mp3.find(b"Xing") + 8 :][:4])[0]
+    told = struct.pack(">4sHHHIIHHHH", b"VBRI", 1, 0x0403, 0, len(mp3), frames, 1, 1, 2, frames)
+    frame[36 : 36 + len(told) + 2] = told + struct.pack(">H", len(sound))
+    return bytes(frame) + sound
+
+
+def test_an_mp3_with_fraunhofers_header_is_read_to_its_end():
+    """libsndfile does not use it; its second field has no flags, though these bits are set."""
+    mp3 = bytes_of(LOUD_AND_QUIET, format="MP3", bitrate_mode="VARIABLE", compression_level=0.3)
+    assert 8 <= len(read_audio(with_vbri(mp3))) / RATE < 8.2
+    for joined in (with_vbri(mp3) + mp3, mp3 + with_vbri(mp3)):
+        with pytest.raises(AudioError, match="several recordings"):
+            read_audio(joined)
+
+
 def test_joined_mp3s_are_read_whole_or_refused():
     mp3 = bytes_of(LOUD_AND_QUIET[: 4 * RATE], format="MP3")
     bare = without_length(mp3)
@@ -363,7 +382,9 @@ BAD_ROWS = {
     "answer is a number": (row(answer=3), "answer is 3"),
     "no instruction, unknown task": (row(instruction=None, task="yodel"), "task 'yodel' has no templates"),
     "seconds is text": (row(seconds="1.0"), "seconds is '1.0'"),
-    "seconds is null": (row(seconds=None), "seconds is None"),
+    "seconds is a list": (row(seconds=[]), "seconds is []"),
+    "answer is null": (row(answer=None), "answer is None"),
+    "audio is null": (row(audio=None), 'lacks "audio"'),
     "seconds below 0": (row(seconds=-1), "seconds is -1"),
     "split is NaN": (row(split=math.nan), "not JSON (NaN is no JSON; use null)"),
     "seconds is infinite": (row(seconds=math.inf), "not JSON (Infinity is no JSON"),
@@ -394,6 +415,38 @@ def test_the_first_ten_bad_rows_are_named_and_the_others_counted(tmp_path):
     lines = str(e.value).splitlines()
     assert [line.split(": ")[0] for line in lines[:10]] == [f"{path}:{n}" for n in range(1, 11)]
     assert lines[10:] == ["... and 3 more"]
+
+
+def test_a_misnamed_key_is_named_once_a_file(tmp_path):
+    lines = [{k: v for k, v in row(i).items() if k != "answer"} | {"set": "test", "Answer": "x"} for i in range(15)]
+    a = write_manifest(tmp_path / "a.jsonl", [row(answer=""), *lines])
+    b = write_manifest(tmp_path / "b.jsonl", lines[:1])
+    with pytest.raises(ValueError) as e:
+        Rows([a, b], answers=True)
+    assert str(e.value).splitlines() == [
+        f"{a}:1: answer is ''; training needs a text",
+        f'{a}:2: has "set" but no "split"; rename or drop it (15 rows)',
+        f'{a}:2: has "Answer" but no "answer"; rename or drop it (15 rows)',
+        f'{b}:1: has "set" but no "split"; rename or drop it',
+        f'{b}:1: has "Answer" but no "answer"; rename or drop it']
+
+
+@pytest.mark.parametrize("key", ["instruction", "task", "split", "label", "seconds", "set"])
+def test_a_key_that_is_null_is_as_good_as_absent(key, tmp_path):
+    clip = write_clip(tmp_path / "clips/0.wav").read_bytes()
+    lacking = {k: v for k, v in row(split="test", label="x").items() if k != key}
+    if key == "task":
+        lacking["instruction"] = "Which?"
+    null = lacking | {key: None}
+    assert json.loads(json.dumps(null))[key] is None
+    inner = {k: v for k, v in null.items() if k != "audio"}
+    paths = [write_manifest(tmp_path / "a.jsonl", [lacking]), write_manifest(tmp_path / "b.jsonl", [null]),
+             write_tar(tmp_path / "c.tar", [("0.json", inner), ("0.wav", clip)])]
+    rows = Rows(paths, answers=True)
+    assert rows[0] == rows[1] == lacking and rows[2] == {k: v for k, v in lacking.items() if k != "audio"}
+    for column in (rows.seconds, rows.task, rows.split, rows.text_bytes):
+        assert len(set(column.tolist())) == 1
+    assert rows.seconds[0] == 0.5 and rows.splits == (["train"] if key == "split" else ["test"])
 
 
 def test_keys_of_ones_own_are_no_fault(tmp_path):
@@ -463,6 +516,11 @@ def test_missing_empty_and_twice_named_manifests_are_refused(manifest, tmp_path)
     (tmp_path / "empty.jsonl").write_text("\n\n")
     with pytest.raises(ValueError, match="empty.jsonl: holds no rows"):
         Rows([manifest, tmp_path / "empty.jsonl"])
+    bad = write_manifest(tmp_path / "bad.jsonl", [row(seconds=-1)])
+    with pytest.raises(ValueError) as e:  # each is named
+        Rows([bad, tmp_path / "empty.jsonl"])
+    assert [line.rpartition(": ")[2] for line in str(e.value).splitlines()] == ["seconds is -1; need a number",
+                                                                                "holds no rows"]
     same = tmp_path / "same.jsonl"
     same.symlink_to(manifest)
     for twice in ([manifest, manifest], [manifest, tmp_path / "m*.jsonl"], [same, manifest]):
@@ -653,7 +711,7 @@ def test_a_tar_with_a_hole_or_another_behind_it_is_refused(manifest, tmp_path):
         Rows(path)
 
 
-@pytest.mark.parametrize("name", ["t.tar", "t.tar.gz", "t.tgz"])
+@pytest.mark.parametrize("name", ["t.tar", "t.tar.gz", "t.tgz", "m.jsonl.gz"])
 def test_a_compressed_tar_is_refused_with_the_remedy(manifest, tmp_path, name):
     raw = Path(write_tar(tmp_path / "plain", members_of(manifest))).read_bytes()
     (tmp_path / name).write_bytes(gzip.compress(raw))
@@ -796,7 +854,7 @@ def test_ranks_have_like_work_text_included(ranks, least, tmp_path):
     rows = Rows(write_manifest(tmp_path / "m.jsonl", lines), answers=True)
     work = []
     for _, batch in first((rows, rows.where("train")), 10 * POOL, 120.0):
-        work.append(len(batch) * (rows.seconds[batch].max() / 0.08 + 15 + rows.text[batch].max() / 4))
+        work.append(len(batch) * (rows.seconds[batch].max() / 0.08 + 15 + rows.text_bytes[batch].max() / 4))
     work = np.array(work).reshape(-1, ranks)
     assert (work.mean(1) / work.max(1)).mean() > least
 
@@ -811,6 +869,12 @@ def test_held_out_rows_are_fixed_and_at_most_so_many_a_task(many):
     assert Counter(rows.task[taken].tolist()) == {t: min(n, 5) for t, n in sizes.items()}
     assert sum(len(batch) for _, batch in held_out(rows, "test", 0, 60.0)) == len(rows.where("test"))
     assert held_out(rows, "valid", 5, 60.0) == []
+
+
+def test_held_out_rows_of_unknown_length_do_not_make_one_huge_batch(tmp_path):
+    rows = Rows(write_manifest(tmp_path / "m.jsonl", [row(i, seconds=0) for i in range(500)]))
+    batches = [batch for _, batch in held_out(rows, "train", 0, 2.0)]
+    assert max(map(len, batches)) <= 20 and sorted(itertools.chain(*batches)) == list(range(500))
 
 
 # ---------------------------------------------------------------- batches
@@ -898,6 +962,21 @@ def test_an_unreadable_batch_is_replaced_by_the_next_row_of_its_split(tmp_path):
     rows = Rows(write_manifest(tmp_path / "m.jsonl", lines), answers=True)
     batch = Batches(rows, Letters())[0, [0]]
     assert batch.rows == [2] and len(batch.skipped) == 1  # never a held-out row in training
+
+
+def test_an_unreadable_batch_is_replaced_within_its_tasks(tmp_path):
+    """Tasks of other batches may have weight 0."""
+    tasks = ["drum", "pitch", "language", "pitch", "drum"]
+    for i in (0, 2, 4):
+        write_clip(tmp_path / f"clips/{i}.wav")
+    rows = Rows(write_manifest(tmp_path / "m.jsonl", [row(i, task=t) for i, t in enumerate(tasks)]), answers=True)
+    with pytest.raises(AudioError, match="2 clips in a row cannot be read"):
+        Batches(rows, Letters())[0, [1]]  # 3 is of the same task
+    write_clip(tmp_path / "clips/1.wav")
+    assert Batches(rows, Letters())[0, [3]].rows == [1]  # the one after 3, wrapping round
+    (tmp_path / "clips/0.wav").unlink()
+    (tmp_path / "clips/1.wav").unlink()
+    assert Batches(rows, Letters())[0, [3, 0]].rows == [4]
 
 
 @pytest.mark.parametrize("rows, tried", [(5, 6), (100, 22)])
@@ -1022,6 +1101,16 @@ def test_what_an_index_holds_is_checked_by_those_who_use_it(manifest, tmp_path):
         Rows(index, answers=True)
     with pytest.raises(ValueError, match=r"bad.jsonl:3 \(clips/2.wav\): 40.0 s, longer than --max-seconds 30"):
         Rows(index, max_seconds=30)
+
+
+def test_the_first_ten_bad_rows_of_an_index_are_named(tmp_path):
+    lines = [row(i, answer="", split="train" if i % 2 else "test") for i in range(40)]
+    path, index = write_manifest(tmp_path / "bad.jsonl", lines), str(tmp_path / "bad.index")
+    data.write_index(Rows(path), index)
+    with pytest.raises(ValueError) as e:
+        Rows(index, answers=True, splits={"train"})
+    assert str(e.value).splitlines() == [
+        f"{path}:{i + 1} (clips/{i}.wav): answer is ''; training needs a text" for i in range(1, 21, 2)]
 
 
 def test_an_index_of_files_that_changed_and_other_misuse_are_refused(index, tmp_path):

@@ -232,8 +232,9 @@ def reference_probe(x, y, train, seed, classes, hidden, epochs, batch, positive_
     return model
 
 
-def spec(**more):
-    return Spec("music", "label", **{"epochs": 30} | more)
+def made(**more):
+    """A task without clips: how its probes are trained."""
+    return Task("made", Spec("music", "label", **{"epochs": 30} | more), [])
 
 
 @pytest.mark.parametrize("hidden", [0, 9])
@@ -243,7 +244,7 @@ def test_probes_equal_a_reference(hidden, several):
     x, weight = torch.randn(200, 12) * 5 + 3, 10.0 if several else 1.0
     y = torch.rand(200, 4) < 0.3 if several else torch.randint(4, (200,))
     parts = Parts(torch.arange(101), torch.arange(101, 150), torch.arange(150, 200), torch.arange(150))
-    how = spec(epochs=5, batch=16, positive_weight=weight)
+    how = made(epochs=5, batch=16, positive_weight=weight)
     for seed in range(3):
         rising, seen = iter(range(1000)), []
         measure = lambda scores, items: (seen.append((scores, items)), next(rising))[1]
@@ -263,7 +264,7 @@ def test_probe_learns():
     parts = Parts(torch.arange(400), torch.arange(400, 500), torch.arange(500, 600), torch.arange(500))
     for hidden in (0, 32):
         for seed in range(2):
-            assert probe.score_probe(x, y, measure, spec(), (16, hidden, 5), parts, seed)[0] > 0.95
+            assert probe.score_probe(x, y, measure, made(), (16, hidden, 5), parts, seed)[0] > 0.95
 
 
 def noisy_task():
@@ -311,7 +312,7 @@ def test_best_epoch_is_valids_best(tmp_path):
         return seen[-1][0]
 
     parts = Parts(train, valid, test, torch.arange(200))
-    value, epoch = probe.score_probe(x, y, measure, spec(epochs=40), (20, 0, 3), parts, 0)
+    value, epoch = probe.score_probe(x, y, measure, made(epochs=40), (20, 0, 3), parts, 0)
     assert all(torch.equal(items, valid) for _, items in seen[:-1])  # test is asked for once, at the end
     assert torch.equal(seen[-1][1], test) and seen[-1][0] == value and len(seen) == 41
     values = [v for v, _ in seen[:-1]]
@@ -329,7 +330,7 @@ def test_the_best_epochs_weights_come_back():
         states.append(model.weight.item())
         return next(scores)
 
-    assert probe.fit(model, lambda items: model(torch.ones(1, 1)).sum(), torch.arange(8), valid_score, spec(epochs=4)) == 3
+    assert probe.fit(model, lambda items: model(torch.ones(1, 1)).sum(), torch.arange(8), valid_score, made(epochs=4)) == 3
     assert model.weight.item() == states[2] != states[3]
 
 
@@ -355,9 +356,14 @@ def test_retrieval_learns():
     texts = [[f"A {kinds[k][0]} {kinds[k][1]} in the {places[p]}.", f"In the {places[p]}, a {kinds[k][0]}"]
              for k, p in meaning * 12]
     parts = Parts(torch.arange(160), torch.arange(160, 176), torch.arange(176, 192), None)
-    assert probe.score_retrieval(x, texts, spec(epochs=6, batch=16), parts, seed=0)[0] > 0.7
+    assert score_retrieval(x, texts, parts, epochs=6) > 0.7
     shuffled = texts[1:] + texts[:1]
-    assert probe.score_retrieval(x, texts[:176] + shuffled[176:], spec(epochs=2, batch=16), parts, seed=0)[0] < 0.3
+    assert score_retrieval(x, texts[:176] + shuffled[176:], parts, epochs=2) < 0.3
+
+
+def score_retrieval(x, texts, parts, epochs):
+    task = make_task(["any"] * len(texts), texts, metric="recall@1", epochs=epochs, batch=16)
+    return probe.score_retrieval(x, torch.arange(len(x)), task, parts, seed=0)[0]
 
 
 def test_choice_of_retrieval_is_blind_to_test(monkeypatch):
@@ -369,7 +375,7 @@ def test_choice_of_retrieval_is_blind_to_test(monkeypatch):
     turned = lambda part: [texts[n - 1] if n in part else t for n, t in enumerate(texts)]
     x[96:] = x[:96]
     for some in (texts, turned(parts.test.tolist()), turned(parts.valid.tolist())):
-        probe.score_retrieval(x, some, spec(epochs=10, batch=16), parts, seed=0)
+        score_retrieval(x, some, parts, epochs=10)
     assert values[0] == values[1] > values[2]
 
 
@@ -377,8 +383,8 @@ def value_after_fit(monkeypatch) -> list:
     """Of each module that probe.py fits: by what its epoch was chosen, after the last."""
     values, fit = [], probe.fit
 
-    def watched(model, loss_of, items, valid_score, spec):
-        epoch = fit(model, loss_of, items, valid_score, spec)
+    def watched(model, loss_of, indices, valid_score, task):
+        epoch = fit(model, loss_of, indices, valid_score, task)
         with torch.no_grad():
             values.append(valid_score())
         return epoch
@@ -417,20 +423,26 @@ def test_transcription(tmp_path, folder, monkeypatch):
     texts = [words[i % 4] for i in range(64)]
     clip = torch.arange(64).repeat_interleave(8)
     x = (torch.randn(4, 24)[clip % 4] + 0.05 * torch.randn(512, 24)).half()
-    parts = Parts(torch.arange(40), torch.arange(40, 52), torch.arange(52, 64), None)
+    parts = Parts(torch.arange(320), torch.arange(320, 416), torch.arange(416, 512), torch.arange(320))  # of tokens
     models = uniwhisper.load_encoder(folder), uniwhisper.load_decoder(tmp_path / "qwen")
-    tokens, how = x.split(8), spec(epochs=8, batch=4)
-    assert probe.score_transcription(tokens, texts, how, *models, parts, 0)[0] > 0.5
+
+    def score_once(texts, epochs):
+        task = make_task(["any"] * 64, texts, metric="1 - WER", epochs=epochs, batch=4)
+        return probe.score_transcription(x, clip, task, *models, parts, 0)[0]
+
+    assert score_once(texts, 8) > 0.5
     splits = ["train"] * 40 + ["valid"] * 13 + ["test"] * 12  # clip 40 cannot be read: no token of it
-    clips = [probe.Clip(None, i, *pair) for i, pair in enumerate(zip(splits, texts[:40] + ["one"] + texts[40:]))]
-    task = Task("words", dataclasses.replace(how, metric="1 - WER"), clips)
+    task = make_task(splits, texts[:40] + ["one"] + texts[40:], metric="1 - WER", batch=4)
     features = Features(x, clip + (clip >= 40), [])
     r = probe.score(task, features, settings(tmp_path, epochs=8), *models)
     assert r["mlp"] > 0.5 and r["test"] == 12 and r["knn"] is None and "mlp_std" not in r
-    values, how = value_after_fit(monkeypatch), spec(epochs=1, batch=4)
+    values = value_after_fit(monkeypatch)
     for some in (texts, texts[:52] + ["one"] * 12, texts[:40] + ["one"] * 12 + texts[52:]):
-        probe.score_transcription(tokens, some, how, *models, parts, 0)
+        score_once(some, 1)
     assert values[0] == values[1] != values[2]  # chosen on valid, blind to test
+    x[:] = math.nan
+    with pytest.raises(ValueError, match="made: its scores on valid are NaN; try another"):
+        score_once(texts, 2)
 
 
 # ---------------------------------------------------------------- features
@@ -576,10 +588,34 @@ def test_on_valid_nothing_of_test_is_seen(tmp_path, folder):
         s = settings(tmp_path, encoder=(str(folder),), data=(write_manifest(where, "notes", some),), on="valid", seeds=1)
         scores.append(probe.run(s, quiet)[str(folder)]["notes"])
     assert scores[0] == scores[1] and scores[0]["knn"] > 0.9 and scores[0]["test"] == 24
+
+
+def test_on_valid_leaves_out_what_has_no_valid(tmp_path, folder, capsys):
+    rows = note_rows(48)
     few = [(row, clip) for row, clip in rows if row["split"] != "valid"]
-    (tmp_path / "few").mkdir()
-    said = main("--encoder", folder, "--data", write_manifest(tmp_path / "few", "notes", few), "--on", "valid")
-    assert "its splits are train; need train and test" in said
+    untrained = [(row, clip) for row, clip in rows if row["split"] != "train"]
+    folds = [(change(row, split=i % 4), clip) for i, (row, clip) in enumerate(rows)]
+    paths = [write_manifest(tmp_path, name, some) for name, some in
+             (("notes", rows), ("few", few), ("untrained", untrained), ("folds", folds))]
+    said = []
+    s = settings(tmp_path, encoder=(str(folder),), data=paths, on="valid", epochs=2)
+    assert list(probe.run(s, said.append)[str(folder)]) == ["notes"]
+    for name in ("few", "untrained", "folds"):
+        assert f"note: {name} is left out: --on valid needs splits train and valid" in said
+    assert "note: notes: the epoch is chosen on 3 clips held out of train" in said
+    assert main("--encoder", folder, "--data", *paths[1:], "--on", "valid") == (
+        "error: no task is left to score; the notes say why")
+    assert "note: folds is left out" in capsys.readouterr().err
+
+
+def test_scores_outlive_a_task_that_fails(tmp_path, folder):
+    """--json is written after each task."""
+    first, out = write_manifest(tmp_path, "first", note_rows(24)), tmp_path / "o.json"
+    late = write_manifest(tmp_path, "late", [(row, b"no audio") for row, _ in note_rows(12)])
+    message = main("--encoder", folder, "--data", first, late, "--cache", tmp_path / "cache", "--json", out)
+    assert "late: 12 of 12 clips cannot be read" in message
+    saved = json.loads(out.read_text())["encoders"][str(folder)]
+    assert list(saved["tasks"]) == ["first"] and saved["averages"]["all"]["mlp"] == saved["tasks"]["first"]["mlp"]
 
 
 def test_tagging_and_other_metrics(tmp_path, folder):
@@ -642,7 +678,7 @@ def test_xares_frames(tmp_path, folder):
     s = settings(tmp_path, encoder=[str(folder)], xares=str(tmp_path / "env"), hidden=32, epochs=200)
     r = probe.run(s, said.append)[str(folder)]["desed"]
     assert r["metric"] == "segment F1 macro" and r["knn"] is None and r["test"] == 6 and r["mlp"] > 0.6
-    assert any("desed has no valid split: its epoch is chosen on 2 clips held out of train" in line for line in said)
+    assert "note: desed: the epoch is chosen on 2 clips held out of train" in said
 
 
 def test_frame_targets():
@@ -717,6 +753,7 @@ def change(row, **more):
     ({"events": [{"onset": 0, "offset": "inf", "label": "c"}]}, "in seconds, 0 <= onset <= offset"),
     ({"task": 5}, "task is 5; need a text"),
     ({"domain": ["music"]}, "domain is ['music']; need a text"),
+    ({"domain": "all"}, "domain is 'all'; that is the average's name"),
     ({"metric": "1 - EER"}, "notes: has 3 class(es), high, low, middle; 1 - EER needs two"),
 ])
 def test_bad_rows(tmp_path, folder, more, want):
@@ -779,6 +816,21 @@ def test_features_that_are_not_finite(tmp_path, folder):
     assert "notes.jsonl:1 (notes-0.wav): its features are not finite" in bad(tmp_path, tmp_path / "nan", note_rows(12))
 
 
+def test_tokens_that_half_precision_cannot_hold(tmp_path, folder):
+    """Fine as means, in fp32; too large as the tokens of a task on events."""
+    encoder = uniwhisper.WhisperEncoder.from_pretrained(folder)
+    with torch.no_grad():
+        encoder.layer_norm.bias[0] = 7e4
+    encoder.save(tmp_path / "loud")
+    one, two = ([{"onset": 0, "offset": 0.1, "label": name}] for name in "ab")
+    rows = [(change(row, label=None, events=one if i % 2 else two), audio)
+            for i, (row, audio) in enumerate(note_rows(12))]
+    assert "(notes-0.wav): its features are not finite, or tokens are over 65504; try" in bad(
+        tmp_path, tmp_path / "loud", rows)
+    assert main("--encoder", tmp_path / "loud", "--data", write_manifest(tmp_path, "means", note_rows(12)),
+                "--cache", tmp_path / "cache", "--epochs", 2) == 0
+
+
 def test_a_gpu_without_room_is_one_line(tmp_path, folder, monkeypatch):
     def full(*a, **k):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB.\nmore")
@@ -797,13 +849,22 @@ def test_notes(tmp_path, folder):
     rows[10] = (change(rows[10][0], label="other", split="test"), rows[10][1])
     said = []
     probe.run(settings(tmp_path, encoder=[str(folder)], data=[write_manifest(tmp_path, "notes", rows)]), said.append)
-    assert "note: notes has no valid split: its epoch is chosen on 2 clips held out of train" in said
+    assert "note: notes: the epoch is chosen on 2 clips held out of train" in said
     assert "note: notes: no clip of class other is in train; its clips elsewhere count as wrong" in said
     rows = [(change(row, split=i % 4), audio) for i, (row, audio) in enumerate(note_rows(24))]
     rows[10] = (change(rows[10][0], label="other"), rows[10][1])
     probe.run(settings(tmp_path, encoder=[str(folder)], data=[write_manifest(tmp_path, "notes", rows)]), said.append)
     assert ("note: notes: no clip of class other is in train when fold 2 is test; its clips elsewhere count as wrong"
             in said)
+
+
+def test_a_class_that_only_valid_has(tmp_path, folder):
+    """kNN finds it when folds rotate; the probe, which does not train on valid, cannot."""
+    task = make_task([n // 4 for n in range(12)], ["a", "b", "a", "b"] * 2 + ["a", "b", "c", "c"])
+    said = []
+    probe.prepare(task, said.append)
+    lost = "note: made: no clip of class c is in train when fold {} is test; its clips elsewhere count as wrong"
+    assert said == [lost.format(1), lost.format(2)]
 
 
 def test_said_before_anything_is_encoded(tmp_path, folder, monkeypatch):
@@ -815,7 +876,7 @@ def test_said_before_anything_is_encoded(tmp_path, folder, monkeypatch):
     said = []
     (task,) = probe.manifest_tasks(Rows(write_manifest(tmp_path, "notes", [
         (change(row, metric=None), audio) for row, audio in rows])))
-    probe.check(task, said.append)
+    probe.prepare(task, said.append)
     assert said == ["note: notes: all clips of test are of one class"]
 
 
@@ -857,7 +918,7 @@ def test_bad_flags(tmp_path, folder):
     assert "--device foo: " in main("--encoder", folder, "--data", path, "--device", "foo")
     assert "none/config.json is missing" in main("--encoder", folder, tmp_path / "none", "--data", path)
     assert "none/config.json is missing" in main("--encoder", folder, "--data", path, "--decoder", tmp_path / "none")
-    assert "--layer is 9; " in main("--encoder", folder, "--data", path, "--layer", 9)
+    assert "--layer: layer is 9; this encoder has layers 0 to 2" in main("--encoder", folder, "--data", path, "--layer", 9)
     found = main("--encoder", folder, "--xares", tmp_path)
     assert "has no folder asvspoof2015, clotho, " in found and found.endswith("it has notes-0.wav, notes-1.wav, notes-10.wav, notes-11.wav, notes-2.wav")
     assert "nowhere: no such folder" in main("--encoder", folder, "--data", path, "--xares", tmp_path / "nowhere")
