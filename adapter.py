@@ -45,6 +45,16 @@ class StackAdapter(nn.Module):
         return self.gain * self.fc2(F.gelu(self.fc1(x)))
 
 
+class NoAdapter(nn.Module):
+    """Passes features on, to a decoder as wide as the encoder."""
+
+    def lengths(self, tokens):
+        return tokens
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--d-audio", type=int, default=512, help="encoder's width")

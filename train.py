@@ -1,11 +1,12 @@
-"""Train an audio encoder through an adapter and a frozen decoder.
+"""Train an audio encoder through an adapter and a frozen decoder (or with it).
 
     python train.py                            # the embedded example, three minutes
     python train.py --data *.jsonl --encoder whisper-base --decoder qwen --out OUT
     torchrun --nproc-per-node=8 train.py ...   # several GPUs; --nnodes: machines
     python train.py --resume --out OUT         # go on, on CPUs to the same bits
 
-OUT gets config.json, metrics.jsonl, checkpoints/ and, at the end, encoder/.
+OUT gets config.json, metrics.jsonl, checkpoints/ and, at the end, encoder/ (and decoder/
+where --lr-decoder trains it).
 """
 import fcntl
 import json
@@ -28,8 +29,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from data import Batches, Rows, held_out, loader, sample_batches, task_shares
-from uniwhisper import (UniWhisper, flag, load_model, newest_checkpoint, open_run,
-                        parse_flags, read_json, write_tensors)
+from uniwhisper import (UniWhisper, decoder_folder, export_run, flag, load_model,
+                        newest_checkpoint, open_run, parse_flags, read_json, write_tensors)
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Updates left out in a row that end a run; fp16 first has to find its loss scale.
@@ -52,14 +53,16 @@ class Settings:
     # model
     # assumption: the paper names no sizes
     encoder: str = flag("", "folder of the encoder to start from")
-    decoder: str = flag("", "folder of the frozen decoder")
+    decoder: str = flag("", "folder of the decoder: Qwen, or a whole Whisper")
     adapter: str = flag("", "run whose adapter to start from; without: a new one")
-    stack: int = flag(4, "encoder tokens that the adapter makes one audio token")
+    stack: int = flag(4, "encoder tokens that the adapter makes one audio token; "
+                      "0: no adapter, between equal widths")
     # optimisation
     # assumption: the paper gives none of these values, nor what the loss is a mean over
     steps: int = flag(10_000, "updates")
     lr_encoder: float = flag(1e-4, "encoder's highest learning rate")
     lr_adapter: float = flag(5e-4, "adapter's highest learning rate")
+    lr_decoder: float = flag(0.0, "decoder's highest learning rate; 0: frozen")
     warmup: int = flag(100, "updates of linear warm-up; then a cosine to a tenth")
     freeze_encoder: int = flag(0, "first updates, which train the adapter alone")
     weight_decay: float = flag(0.01, "AdamW's, of matrices")
@@ -89,7 +92,7 @@ class Settings:
 FREE_ON_RESUME = ("resume", "out", "data", "workers", "checkpoint_layers", "steps", "keep",
                   "log_every", "save_every", "eval_every", "eval_clips", "questions")
 MAY_BE_0 = ("threads", "workers", "questions", "eval_clips", "warmup", "freeze_encoder",
-            "seed", "lr_encoder", "lr_adapter", "weight_decay")
+            "seed", "lr_encoder", "lr_adapter", "lr_decoder", "stack", "weight_decay")
 # What `python train.py` alone means.
 TINY = Path(__file__).parent / "weights/tiny"
 EXAMPLE = dict(encoder=str(TINY / "encoder"), decoder=str(TINY / "decoder"),
@@ -118,6 +121,8 @@ def parse(argv=None) -> Settings:
                 raise ValueError(f"{flag_name} is 0; it must be above 0")
     if s.valid_split in s.train_split:
         raise ValueError(f"--valid-split {s.valid_split} is also in --train-split")
+    if s.freeze_encoder and not s.stack:
+        raise ValueError("--stack 0 is no adapter, which --freeze-encoder would train alone")
     gpu = torch.cuda.is_available()
     device = s.device or ("cuda" if gpu else "cpu")
     if device == "cuda" and not gpu:
@@ -192,15 +197,17 @@ def say(text: str, file=None) -> None:
 # ---------------------------------------------------------------- model, optimizer, schedule
 
 def build_model(s: Settings, checkpoint: Path | None) -> UniWhisper:
-    """Encoder and adapter in float32; the decoder in the compute dtype."""
+    """What trains in float32; a frozen decoder in the compute dtype."""
     torch.manual_seed(s.seed)  # a new adapter is the same on every rank
-    encoder, start = s.encoder, checkpoint
+    encoder, decoder, start = s.encoder, s.decoder, checkpoint
     if checkpoint:
-        encoder = checkpoint / "encoder"
+        encoder, decoder = checkpoint / "encoder", decoder_folder(vars(s), checkpoint)
     elif s.adapter:
         start = open_run(s.adapter)[1]
     adapter = start and start / "adapter"
-    model = load_model(encoder, s.decoder, s.stack, adapter, PRECISIONS[s.precision])
+    dtype = torch.float32 if s.lr_decoder else PRECISIONS[s.precision]
+    model = load_model(encoder, decoder, s.stack, adapter, dtype)
+    model.decoder.requires_grad_(s.lr_decoder > 0)
     for part in (model.encoder, model.decoder):
         part.checkpoint_layers = s.checkpoint_layers
         if s.compile:
@@ -211,9 +218,11 @@ def build_model(s: Settings, checkpoint: Path | None) -> UniWhisper:
 
 def build_optimizer(s: Settings, model: UniWhisper, state: dict):
     """AdamW and fp16's loss scaler, as they were at state["step"]."""
-    groups = []  # of encoder and adapter: matrices, and vectors, which do not decay
-    for name in ("encoder", "adapter"):
-        trained = [p for p in getattr(model, name).parameters() if p.requires_grad]
+    groups = []  # of each part that trains: matrices, and vectors, which do not decay
+    for name, part in model.named_children():
+        trained = [p for p in part.parameters() if p.requires_grad]
+        if not trained:
+            continue
         matrices = [p for p in trained if p.ndim > 1]
         vectors = [p for p in trained if p.ndim < 2]
         groups.append(dict(name=name, params=matrices, weight_decay=s.weight_decay))
@@ -229,10 +238,10 @@ def build_optimizer(s: Settings, model: UniWhisper, state: dict):
 def learning_rate(s: Settings, name: str, step: int) -> float:
     """Of a parameter group in update `step` (from 1): warm-up, cosine to a tenth.
 
-    The encoder's warm-up begins when it is no longer frozen.
+    The encoder's and the decoder's begin when the adapter no longer trains alone.
     """
-    highest = s.lr_encoder if name == "encoder" else s.lr_adapter
-    first = s.freeze_encoder if name == "encoder" else 0
+    highest = getattr(s, f"lr_{name}")
+    first = 0 if name == "adapter" else s.freeze_encoder
     warm = min(1.0, max(0.0, (step - first) / max(1, s.warmup)))
     return highest * warm * (0.55 + 0.45 * math.cos(math.pi * (step - 1) / s.steps))
 
@@ -266,8 +275,8 @@ def find_checkpoint(s: Settings) -> Path | None:
     newest = newest_checkpoint(s.out)
     if len(set(all_gather(newest and newest.name))) > 1:
         raise ValueError(f"{s.out}: not the same on all ranks; machines must share --out")
-    for name in ("checkpoints", "encoder", "config.json"):
-        go_on = s.resume and (newest or name != "encoder")
+    for name in ("checkpoints", "encoder", "decoder", "config.json"):
+        go_on = s.resume and (newest or name not in ("encoder", "decoder"))
         if Path(s.out, name).exists() and not go_on:
             raise ValueError(f"{s.out} holds {name} already: choose another --out, "
                              "or go on with --resume")
@@ -277,7 +286,7 @@ def find_checkpoint(s: Settings) -> Path | None:
 
 
 def save_checkpoint(s: Settings, model: UniWhisper, state: dict) -> None:
-    """Rank 0 writes encoder/, adapter/ (Hugging Face's format) and trainer.pt: `state`.
+    """Rank 0 writes encoder/, adapter/, a trained decoder/ and trainer.pt: `state`.
 
     state: step, settings, held-out losses before training, and of optimizer and scaler.
     Seed and step decide the batches. Only a whole folder gets the final name.
@@ -293,6 +302,8 @@ def save_checkpoint(s: Settings, model: UniWhisper, state: dict) -> None:
         (writing / "adapter").mkdir(parents=True)
         model.encoder.save(writing / "encoder")
         write_tensors(model.adapter.state_dict(), writing / "adapter/model.safetensors")
+        if s.lr_decoder:
+            model.decoder.save(writing / "decoder", s.decoder)
         torch.save(state, writing / "trainer.pt")
         for path in [*writing.rglob("*"), writing]:
             flush(path)  # else the rename may reach the disk before what it names
@@ -562,9 +573,11 @@ def describe(s: Settings, model: UniWhisper, rows: Rows, step: int) -> None:
     sizes = []
     for name, part in model.named_children():
         sizes.append(f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.1f} M")
+    if not s.lr_decoder:
+        sizes[-1] += " (frozen)"
     used = np.concatenate([rows.where(split) for split in (*s.train_split, s.valid_split)])
     hours = rows.seconds[used].sum(dtype=float) / 3600
-    say(f"{', '.join(sizes)} (frozen); {len(used)} clips, {hours:.2f} h, {len(rows.tasks)} "
+    say(f"{', '.join(sizes)}; {len(used)} clips, {hours:.2f} h, {len(rows.tasks)} "
         f"tasks; {world()} x {s.device}, {s.precision}; from step {step} to {s.steps}")
     for split, count in rows.split_counts.items():
         use = "held out" if split == s.valid_split else "left out"
@@ -624,6 +637,7 @@ def train(s: Settings, model: UniWhisper, log: Log, stream, state: dict) -> bool
             parts.append((batch, losses.detach()))
         if step <= s.freeze_encoder:
             model.encoder.zero_grad()
+            model.decoder.zero_grad()
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip).item()
         if math.isfinite(norm):  # on all ranks or none: the gradient is their sum
@@ -664,7 +678,8 @@ def run(s: Settings) -> None:
     stream = iter(loader(batches, specs, s.workers, s.device == "cuda"))
     finished = train(s, model, Log(s, batches, state["step"]), stream, state)
     if finished and rank() == 0:
-        model.encoder.save(Path(s.out) / "encoder", s.encoder)
+        decoder = model.decoder if s.lr_decoder else None
+        export_run(Path(s.out, "encoder"), Path(s.out, "decoder"), vars(s), model.encoder, decoder)
         say(f"{s.out}/encoder: the trained encoder, a Hugging Face folder")
     if dist.is_initialized():
         # Destroying the group holds Python's lock and waits for gloo's threads, which

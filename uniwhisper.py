@@ -2,6 +2,7 @@
 
     python uniwhisper.py encode A.wav B.flac --encoder DIR --out F.safetensors
     python uniwhisper.py ask A.wav "Which instrument?" --run OUT
+    python uniwhisper.py transcribe A.wav B.wav --encoder DIR [--language nl]
     python uniwhisper.py export --run OUT DIR [--blend 0.5]
 
 Shapes: B clips, S samples at 16 kHz, F mel frames (10 ms), T encoder tokens (20 ms),
@@ -26,13 +27,16 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from adapter import StackAdapter
+from adapter import NoAdapter, StackAdapter
 
 SAMPLE_RATE = 16_000
 N_FFT = 400  # samples: windows of 25 ms
 HOP = 160  # samples: a frame every 10 ms
 TOKEN = 2 * HOP  # samples: an encoder token every 20 ms
 CHUNK = 30 * SAMPLE_RATE  # samples: the 30 s that Whisper pads every clip to
+# In a config.json: transformers 5 calls it dtype, 4 torch_dtype.
+FLOAT32 = {"dtype": "float32", "torch_dtype": "float32"}
+RUNAWAY = 32  # tokens: this many of 1 to 8 over and over are no speech
 LOGITS_AT_ONCE = 1024  # answer tokens with logits (N, V) at one time
 
 
@@ -183,6 +187,14 @@ def write_tensors(tensors: dict[str, Tensor], path) -> None:
     Path(path).chmod(0o644)  # safetensors makes it private
 
 
+def copy_texts(source, folder) -> None:
+    """A folder's tokenizer, configs and so on: all but the weights."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for path in [*Path(source).glob("*.json"), *Path(source).glob("*.txt")]:
+        if ".index." not in path.name:
+            shutil.copyfile(path, Path(folder, path.name))  # without its mode
+
+
 def run_layer(layer, recompute: bool, *inputs):
     """layer(*inputs); recompute: backward makes its activations again."""
     if recompute and torch.is_grad_enabled():
@@ -192,7 +204,25 @@ def run_layer(layer, recompute: bool, *inputs):
 
 # ---------------------------------------------------------------- Whisper's encoder
 
+ENCODER_SIZES = ("d_model", "encoder_attention_heads", "encoder_layers", "encoder_ffn_dim",
+                 "num_mel_bins", "max_source_positions")
+DECODER_SIZES = ("d_model", "decoder_attention_heads", "decoder_layers", "decoder_ffn_dim",
+                 "vocab_size", "max_target_positions")
+
+
+def read_whisper_config(folder, sizes) -> dict:
+    """Whisper's config.json, checked for its encoder or its decoder."""
+    c = read_config(folder, ("whisper",))
+    check_sizes(c, folder, *sizes)
+    check_values(c, folder, activation_function="gelu")
+    if c["d_model"] % c[sizes[1]]:
+        raise bad_config(folder, "d_model", c["d_model"], "a multiple of the heads")
+    return c
+
+
 class WhisperAttention(nn.Module):
+    """Of the encoder; causal or over the audio in the decoder."""
+
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads = heads
@@ -202,11 +232,17 @@ class WhisperAttention(nn.Module):
         self.out_proj = nn.Linear(width, width)
 
     def forward(self, x, mask=None):
-        q = self.split(self.q_proj(x))  # (B, H, T, D / H)
-        k = self.split(self.k_proj(x))
-        v = self.split(self.v_proj(x))
-        y = F.scaled_dot_product_attention(q, k, v, mask)
-        return self.out_proj(y.transpose(1, 2).flatten(2))  # (B, T, D)
+        return self.attend(x, self.keys(x), mask)
+
+    def keys(self, x):
+        """x (B, T, D) -> keys and values, (B, H, T, D / H) each."""
+        return self.split(self.k_proj(x)), self.split(self.v_proj(x))
+
+    def attend(self, x, keys, mask=None, causal: bool = False):
+        """x (B, L, D) looks up `keys`, and values, where mask is True -> (B, L, D)."""
+        q = self.split(self.q_proj(x))  # (B, H, L, D / H)
+        y = F.scaled_dot_product_attention(q, *keys, mask, is_causal=causal)
+        return self.out_proj(y.transpose(1, 2).flatten(2))
 
     def split(self, x):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -253,12 +289,7 @@ class WhisperEncoder(nn.Module):
     @classmethod
     def from_pretrained(cls, folder) -> "WhisperEncoder":
         """Read a Hugging Face Whisper folder (encoder alone or whole), as float32."""
-        config = read_config(folder, ("whisper",))
-        check_sizes(config, folder, "d_model", "encoder_layers", "encoder_ffn_dim",
-                    "encoder_attention_heads", "num_mel_bins", "max_source_positions")
-        check_values(config, folder, activation_function="gelu")
-        if config["d_model"] % config["encoder_attention_heads"]:
-            raise bad_config(folder, "d_model", config["d_model"], "a multiple of the heads")
+        config = read_whisper_config(folder, ENCODER_SIZES)
         with torch.device("meta"):
             encoder = cls(config)
         tensors = {}
@@ -336,9 +367,8 @@ class WhisperEncoder(nn.Module):
 
         source: where training started; its decoder, tokenizer and so on are copied.
         """
-        folder = Path(folder)
+        folder, config, tensors = Path(folder), self.config, {}
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {}
         for name, tensor in self.state_dict().items():
             tensors[f"model.encoder.{name}"] = tensor.cpu()
         if source is not None:
@@ -346,18 +376,19 @@ class WhisperEncoder(nn.Module):
                 if not name.startswith(("model.", "proj_out.")):
                     name = f"model.{name}"
                 tensors.setdefault(name, tensor)
-            for path in [*Path(source).glob("*.json"), *Path(source).glob("*.txt")]:
-                if ".index." not in path.name:
-                    shutil.copyfile(path, folder / path.name)  # without its mode
+            copy_texts(source, folder)
+            config = read_json(Path(source, "config.json"))
+            for key in ENCODER_SIZES:  # others may be those of another decoder
+                config[key] = self.config[key]
         write_tensors(tensors, folder / "model.safetensors")
-        # transformers 5 calls it dtype, 4 torch_dtype
-        config = {"architectures": ["WhisperForConditionalGeneration"], **self.config,
-                  "model_type": "whisper", "dtype": "float32", "torch_dtype": "float32"}
+        config = {"architectures": ["WhisperForConditionalGeneration"], **config,
+                  "model_type": "whisper", **FLOAT32}
         (folder / "config.json").write_text(json.dumps(config, indent=2))
         mel = {"feature_extractor_type": "WhisperFeatureExtractor",
                "feature_size": self.n_mels}
-        if not (folder / "preprocessor_config.json").exists():
-            (folder / "preprocessor_config.json").write_text(json.dumps(mel))
+        path = folder / "preprocessor_config.json"
+        if not path.exists() or read_json(path).get("feature_size") != self.n_mels:
+            path.write_text(json.dumps(mel))
 
 
 def load_encoder(folder) -> WhisperEncoder:
@@ -365,7 +396,7 @@ def load_encoder(folder) -> WhisperEncoder:
     return WhisperEncoder.from_pretrained(folder)
 
 
-# ---------------------------------------------------------------- Qwen decoder
+# ---------------------------------------------------------------- what decoders share
 
 class KVCache:
     """A layer's keys and values in generation: (B, KV heads, length, D / H)."""
@@ -375,12 +406,174 @@ class KVCache:
         self.v = like.new_zeros(shape)
 
     def write(self, k, v, positions):
-        """Put k, v (B, KV heads, L, D / H) at positions (B, L) -> all k, v."""
-        clips = torch.arange(len(k), device=k.device)[:, None]
-        self.k[clips, :, positions] = k.transpose(1, 2)
-        self.v[clips, :, positions] = v.transpose(1, 2)
-        return self.k, self.v
+        """Put k, v (B, KV heads, L, D / H) at positions (B, L).
 
+        Returns all k, all v, and which of them each token sees (B, 1, L, length).
+        """
+        clips = torch.arange(len(k), device=k.device)[:, None]
+        self.k[clips, :, positions] = k.transpose(1, 2).to(self.k.dtype)
+        self.v[clips, :, positions] = v.transpose(1, 2).to(self.v.dtype)
+        places = torch.arange(self.k.shape[2], device=k.device)
+        return self.k, self.v, places <= positions[:, None, :, None]
+
+
+class TextTokenizer:
+    """A folder's tokenizer.json.
+
+    A subclass names special tokens that it `NEEDS`, and the `REMEDY` if one is missing.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        # What a saved tokenizer may carry along would change the ids of an answer.
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        if hasattr(tokenizer.model, "dropout"):
+            tokenizer.model.dropout = None
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        path = Path(folder, "tokenizer.json")
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as e:  # tokenizers raises bare Exception
+            raise bad_file(path, e) from None
+        for token in cls.NEEDS:
+            if tokenizer.token_to_id(token) is None:
+                raise ValueError(f"{path} lacks the token {token}; {cls.REMEDY}")
+        return cls(tokenizer)
+
+    def ids(self, text: str) -> list[int]:
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+class Decoder(nn.Module):
+    """What Qwen's and Whisper's decoder share: folders, dtype, head, greedy loop.
+
+    A frozen one computes in the dtype it is loaded in, also under autocast: no step
+    casts its weights. One that trains is float32, under autocast as an encoder is.
+    A subclass has a TOKENIZER's class, the PREFIX of its parameters' names, layers,
+    kv_heads (number, width) and read_config.
+    """
+
+    def __init__(self, config: dict, tokenizer, width: int):
+        super().__init__()
+        self.config, self.tokenizer, self.width = config, tokenizer, width
+        self.embed_tokens = nn.Embedding(config["vocab_size"], width)
+        self.lm_head = nn.Linear(width, config["vocab_size"], bias=False)
+        self.checkpoint_layers = False
+
+    @classmethod
+    def from_pretrained(cls, folder, dtype: torch.dtype = torch.float32):
+        """Read a Hugging Face folder; every weight in `dtype`, none trainable."""
+        config = cls.read_config(folder)
+        tokenizer = cls.TOKENIZER.from_pretrained(folder)
+        largest = max(tokenizer.tokenizer.get_vocab().values())
+        if largest >= config["vocab_size"]:
+            raise bad_config(folder, "vocab_size", config["vocab_size"],
+                             f"more than tokenizer.json's largest id, {largest}")
+        with torch.device("meta"):
+            decoder = cls(config, tokenizer)
+        tensors = {}
+        for name, tensor in read_weights(folder).items():
+            name = name.removeprefix("model.").removeprefix("decoder.")
+            if not name.startswith(("encoder.", "proj_out.")):  # Whisper's
+                tensors[name] = tensor.to(dtype)
+        tied = config.get("tie_word_embeddings") and "embed_tokens.weight" in tensors
+        if tied:
+            tensors["lm_head.weight"] = tensors["embed_tokens.weight"]
+        load_strictly(decoder, tensors, folder)
+        if tied:  # not only the same numbers: one parameter
+            decoder.lm_head.weight = decoder.embed_tokens.weight
+        return decoder.requires_grad_(False).eval()
+
+    def save(self, folder, source) -> None:
+        """Write a Hugging Face folder; source: what it was loaded from, for the rest."""
+        copy_texts(source, folder)
+        tensors = {}
+        for name, p in self.named_parameters():  # where it is tied, without a head
+            prefix = "" if name.startswith("lm_head.") else self.PREFIX
+            tensors[prefix + name] = p.detach().cpu()
+        write_tensors(tensors, Path(folder, "model.safetensors"))
+        config = read_json(Path(source, "config.json")) | FLOAT32
+        Path(folder, "config.json").write_text(json.dumps(config, indent=2))
+
+    def train(self, mode: bool = True):
+        return super().train(False)  # no dropout here, whether it trains or not
+
+    def autocast(self, device: torch.device):
+        trains = self.lm_head.weight.requires_grad
+        on = trains and torch.is_autocast_enabled(device.type)
+        return torch.autocast(device.type, enabled=on)
+
+    def unembed(self, states):
+        """states (N, D) -> logits (N, V)."""
+        with self.autocast(states.device):
+            return self.lm_head(states)
+
+    @torch.no_grad()
+    def greedy(self, read, embeds, chats: list[list[int]], max_new_tokens: int,
+               stop_repeats: bool = False):
+        """Greedy answers to chats as lists of ids, without the end token.
+
+        embeds (B, L, D): of the chats; read(embeds, caches, positions) -> states.
+        stop_repeats: an answer also ends where `repeated` finds a run-away repetition.
+        """
+        clips, length, _ = embeds.shape
+        heads, width = self.kv_heads
+        shape = clips, heads, length + max_new_tokens, width
+        caches = [KVCache(shape, self.embed_tokens.weight) for _ in self.layers]
+        positions = torch.arange(length, device=embeds.device).expand(clips, length)
+        states = read(embeds, caches, positions)
+        ends = torch.tensor([len(chat) for chat in chats], device=embeds.device)  # (B,)
+        states = states[torch.arange(clips, device=embeds.device), ends - 1]  # (B, D)
+        answers = [[] for _ in chats]
+        running = set(range(clips))
+        for step in range(max_new_tokens):
+            new = self.unembed(states).argmax(-1)  # (B,)
+            for clip, token in enumerate(new.tolist()):
+                if token in self.tokenizer.stop:
+                    running.discard(clip)
+                if clip in running:
+                    answers[clip].append(token)
+                    if stop_repeats and repeated(answers[clip]):
+                        running.discard(clip)
+            if not running:
+                break
+            # Behind the chat's last token, over the padding.
+            positions = (ends + step)[:, None]  # (B, 1)
+            states = read(self.embed_tokens(new[:, None]), caches, positions)[:, 0]
+        return answers
+
+
+def repeated(ids: list[int]) -> int:
+    """1 to 8 where the last 32 ids are so many, over and over; else 0."""
+    tail = ids[-RUNAWAY:]
+    for length in range(1, 9):
+        if len(tail) == RUNAWAY and tail[length:] == tail[:-length]:
+            return length
+    return 0
+
+
+def pad_ids(chats: list[list[int]]):
+    """Lists of ids -> (B, L) on the CPU, zeros on the right."""
+    ids = [torch.tensor(chat) for chat in chats]
+    return nn.utils.rnn.pad_sequence(ids, batch_first=True)
+
+
+def predicting(chats: list[list[int]], answers: list[list[int]]):
+    """Which tokens (B, L) predict one of an answer's; chats end before its last."""
+    predicts = torch.zeros(len(chats), max(map(len, chats)), dtype=torch.bool)
+    for i, (chat, answer) in enumerate(zip(chats, answers)):
+        # The token before the answer predicts its first token, and so on.
+        predicts[i, len(chat) - len(answer) : len(chat)] = True
+    return predicts
+
+
+# ---------------------------------------------------------------- Qwen's decoder
 
 def rotate(x, rotary):
     """x (B, H, L, D / H) at its positions, whose cos and sin are `rotary`."""
@@ -413,8 +606,7 @@ class QwenAttention(nn.Module):
         q, k = rotate(q, rotary), rotate(k, rotary)
         seen = None
         if cache is not None:
-            k, v = cache.write(k, v, positions)
-            seen = torch.arange(k.shape[2], device=x.device) <= positions[:, None, :, None]
+            k, v, seen = cache.write(k, v, positions)
         y = F.scaled_dot_product_attention(q, k, v, seen, is_causal=seen is None,
                                            enable_gqa=True)
         return self.o_proj(y.transpose(1, 2).flatten(2))
@@ -448,19 +640,17 @@ class QwenLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class ChatTokenizer:
+class ChatTokenizer(TextTokenizer):
     """Qwen's tokenizer and chat; instruction and answer are tokenised apart.
 
     # assumption: the paper gives no prompt. Here: one user turn, instruction before audio.
     """
 
+    NEEDS = "<|im_start|>", "<|im_end|>"
+    REMEDY = "take an instruct model's"
+
     def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer = tokenizer
-        # What a saved tokenizer may carry along would change the ids of an answer.
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        if hasattr(tokenizer.model, "dropout"):
-            tokenizer.model.dropout = None
+        super().__init__(tokenizer)
         self.end = tokenizer.token_to_id("<|im_end|>")  # ends an answer
         self.stop = {self.end, tokenizer.token_to_id("<|endoftext|>")} - {None}
         self.head = self.ids("<|im_start|>user\n")
@@ -469,22 +659,6 @@ class ChatTokenizer:
             self.tail += self.ids("<think>\n\n</think>\n\n")  # Qwen3 then answers at once
         tokenizer.encode_special_tokens = True  # in texts they are spelt as plain text
 
-    @classmethod
-    def from_pretrained(cls, folder) -> "ChatTokenizer":
-        path = Path(folder, "tokenizer.json")
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except Exception as e:  # tokenizers raises bare Exception
-            raise bad_file(path, e) from None
-        for token in ("<|im_start|>", "<|im_end|>"):
-            if tokenizer.token_to_id(token) is None:
-                raise ValueError(f"{path} lacks the chat token {token}; "
-                                 "take an instruct model's")
-        return cls(tokenizer)
-
-    def ids(self, text: str) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
-
     def prompt(self, instruction: str) -> list[int]:
         """Ids before the audio."""
         return self.head + self.ids(instruction + "\n")
@@ -492,9 +666,6 @@ class ChatTokenizer:
     def answer(self, text: str) -> list[int]:
         """Ids of the answer and the end token."""
         return self.ids(text) + [self.end]
-
-    def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 def read_qwen_config(folder) -> dict:
@@ -518,47 +689,23 @@ def read_qwen_config(folder) -> dict:
     return c
 
 
-class QwenDecoder(nn.Module):
-    """Qwen2, Qwen2.5 or Qwen3 dense, frozen, with Hugging Face's parameter names.
+class QwenDecoder(Decoder):
+    """Qwen2, Qwen2.5 or Qwen3 dense, with Hugging Face's parameter names.
 
-    In its chat, audio tokens stand between instruction and answer. It computes in
-    the dtype it is loaded in, also under autocast: no step casts its weights.
+    In its chat, audio tokens stand between instruction and answer.
     """
 
+    PREFIX = "model."
     AUDIO = -1  # the placeholder of an audio token in a list of ids
+    TOKENIZER = ChatTokenizer
+    read_config = staticmethod(read_qwen_config)
 
     def __init__(self, config: dict, tokenizer: ChatTokenizer):
-        super().__init__()
-        self.config, self.tokenizer = config, tokenizer
-        self.width = config["hidden_size"]
-        self.embed_tokens = nn.Embedding(config["vocab_size"], self.width)
+        super().__init__(config, tokenizer, config["hidden_size"])
+        self.kv_heads = config["num_key_value_heads"], config["head_dim"]
         layers = range(config["num_hidden_layers"])
         self.layers = nn.ModuleList(QwenLayer(config) for _ in layers)
         self.norm = nn.RMSNorm(self.width, config["rms_norm_eps"])
-        self.lm_head = nn.Linear(self.width, config["vocab_size"], bias=False)
-        self.checkpoint_layers = False
-
-    @classmethod
-    def from_pretrained(cls, folder, dtype: torch.dtype = torch.float32) -> "QwenDecoder":
-        """Read a Hugging Face Qwen folder; every weight in `dtype`, none trainable."""
-        config = read_qwen_config(folder)
-        tokenizer = ChatTokenizer.from_pretrained(folder)
-        largest = max(tokenizer.tokenizer.get_vocab().values())
-        if largest >= config["vocab_size"]:
-            raise bad_config(folder, "vocab_size", config["vocab_size"],
-                             f"more than tokenizer.json's largest id, {largest}")
-        with torch.device("meta"):
-            decoder = cls(config, tokenizer)
-        tensors = {}
-        for name, tensor in read_weights(folder).items():
-            tensors[name.removeprefix("model.")] = tensor.to(dtype)
-        if config.get("tie_word_embeddings") and "embed_tokens.weight" in tensors:
-            tensors["lm_head.weight"] = tensors["embed_tokens.weight"]
-        load_strictly(decoder, tensors, folder)
-        return decoder.requires_grad_(False).eval()
-
-    def train(self, mode: bool = True):
-        return super().train(False)  # the decoder never trains
 
     def forward(self, embeds, caches=None, positions=None):
         """embeds (B, L, D), padded on the right -> states (B, L, D).
@@ -568,7 +715,7 @@ class QwenDecoder(nn.Module):
         x = embeds.to(self.embed_tokens.weight.dtype)
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)[None]  # (1, L)
-        with torch.autocast(x.device.type, enabled=False):
+        with self.autocast(x.device):
             rotary = self.rotary(positions, x.dtype)
             for i, layer in enumerate(self.layers):
                 cache = caches[i] if caches else None
@@ -583,6 +730,10 @@ class QwenDecoder(nn.Module):
         angles = torch.cat((angles, angles), -1)[:, None]
         return angles.cos().to(dtype), angles.sin().to(dtype)
 
+    def audio_rms(self) -> float:
+        """Audio tokens stand between embeddings: their root mean square."""
+        return self.embed_tokens.weight.float().square().mean().sqrt().item()
+
     def layout(self, lengths, prompts, answers) -> list[list[int]]:
         """Each clip's ids: prompt, placeholders for the audio, tail, answer."""
         chats = []
@@ -593,8 +744,7 @@ class QwenDecoder(nn.Module):
 
     def embed(self, chats: list[list[int]], audio, lengths):
         """Ids -> (B, L, D), padded on the right; audio at the placeholders."""
-        ids = [torch.tensor(chat) for chat in chats]
-        ids = nn.utils.rnn.pad_sequence(ids, batch_first=True)  # (B, L)
+        ids = pad_ids(chats)  # (B, L)
         real = torch.arange(audio.shape[1]) < lengths[:, None]  # (B, A)
         embeds = self.embed_tokens(ids.clamp(min=0).to(audio.device, non_blocking=True))
         # Both masks are made on the CPU, so nothing waits for the device.
@@ -608,66 +758,205 @@ class QwenDecoder(nn.Module):
         """
         chats = self.layout(lengths, prompts, answers)
         states = self(self.embed(chats, audio, lengths))  # (B, L, D)
-        predicts = torch.zeros(states.shape[:2], dtype=torch.bool)
-        for i, (chat, answer) in enumerate(zip(chats, answers)):
-            # The token before the answer predicts its first token, and so on.
-            predicts[i, len(chat) - len(answer) : len(chat)] = True
-        return states[predicts]
-
-    def unembed(self, states):
-        """states (N, D) -> logits (N, V)."""
-        with torch.autocast(states.device.type, enabled=False):
-            return self.lm_head(states)
+        return states[predicting(chats, answers)]
 
     @torch.no_grad()
     def generate(self, audio, lengths, prompts, max_new_tokens: int):
         """Greedy answers as lists of ids, without the end token; inputs as above."""
         chats = self.layout(lengths, prompts, [[]] * len(prompts))
         embeds = self.embed(chats, audio, lengths)  # (B, L, D)
-        clips, length, _ = embeds.shape
-        shape = (clips, self.config["num_key_value_heads"], length + max_new_tokens,
-                 self.config["head_dim"])
-        caches = [KVCache(shape, self.embed_tokens.weight) for _ in self.layers]
-        positions = torch.arange(length, device=embeds.device).expand(clips, length)
-        states = self(embeds, caches, positions)
-        ends = torch.tensor([len(chat) for chat in chats], device=embeds.device)  # (B,)
-        states = states[torch.arange(clips, device=embeds.device), ends - 1]  # (B, D)
-        answers = [[] for _ in chats]
-        running = set(range(clips))
-        for step in range(max_new_tokens):
-            new = self.unembed(states).argmax(-1)  # (B,)
-            for clip, token in enumerate(new.tolist()):
-                if token in self.tokenizer.stop:
-                    running.discard(clip)
-                if clip in running:
-                    answers[clip].append(token)
-            if not running:
-                break
-            # Behind the chat's last token, over the padding.
-            positions = (ends + step)[:, None]  # (B, 1)
-            states = self(self.embed_tokens(new[:, None]), caches, positions)[:, 0]
-        return answers
+        return self.greedy(self, embeds, chats, max_new_tokens)
 
 
-def load_decoder(folder, dtype: torch.dtype = torch.float32) -> QwenDecoder:
-    """The decoder of a folder; another class would be chosen here."""
-    return QwenDecoder.from_pretrained(folder, dtype)
+# ---------------------------------------------------------------- Whisper's decoder
+
+class WhisperTokenizer(TextTokenizer):
+    """Whisper's tokenizer and prompts; `multilingual` is False for its .en models."""
+
+    NEEDS = ("<|endoftext|>", "<|startoftranscript|>", "<|translate|>", "<|transcribe|>",
+             "<|startofprev|>", "<|notimestamps|>")
+    REMEDY = "take Whisper's own"
+    multilingual = True
+
+    def __init__(self, tokenizer: Tokenizer):
+        super().__init__(tokenizer)
+        self.end = tokenizer.token_to_id("<|endoftext|>")
+        self.stop = {self.end}
+        self.start = tokenizer.token_to_id("<|startoftranscript|>")
+        self.languages = {}  # code -> id; they stand between these two
+        for i in range(self.start + 1, tokenizer.token_to_id("<|translate|>")):
+            self.languages[tokenizer.id_to_token(i).strip("<|>")] = i
+        tokenizer.encode_special_tokens = True  # in texts they are spelt as plain text
+
+    def transcription(self, language: str = "en") -> list[int]:
+        """Whisper's own prompt for a transcript without timestamps."""
+        known = self.languages if self.multilingual else {"en": None}
+        if language not in known:
+            raise ValueError(f"language is {language!r}; this Whisper knows "
+                             f"{', '.join(known)}")
+        names = "<|startoftranscript|>", "<|notimestamps|>"
+        if self.multilingual:
+            names = names[0], f"<|{language}|>", "<|transcribe|>", names[1]
+        return [self.tokenizer.token_to_id(name) for name in names]
+
+    def prompt(self, instruction: str) -> list[int]:
+        """Ids of an instruction: it stands where Whisper reads what was said before.
+
+        # assumption: the paper gives no prompt. Any language's token must stand here;
+        # English, as instructions and most answers are.
+        """
+        before = self.tokenizer.token_to_id("<|startofprev|>")
+        return [before, *self.ids(" " + instruction), *self.transcription()]
+
+    def answer(self, text: str) -> list[int]:
+        """Ids of the answer, after a space as Whisper's text, and the end token."""
+        return self.ids(" " + text) + [self.end]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text alone: from the end token's id on, all are special or timestamps."""
+        text = [i for i in ids if i < self.end]
+        return self.tokenizer.decode(text).strip()
+
+
+class WhisperDecoderLayer(WhisperLayer):
+    def __init__(self, width: int, heads: int, ffn: int):
+        super().__init__(width, heads, ffn)
+        self.encoder_attn = WhisperAttention(width, heads)
+        self.encoder_attn_layer_norm = nn.LayerNorm(width)
+
+    def forward(self, x, audio_keys, audio_mask, cache=None, positions=None):
+        """x (B, L, D) -> (B, L, D), causal; with a cache, x is at positions (B, L)."""
+        y = self.self_attn_layer_norm(x)
+        k, v = self.self_attn.keys(y)
+        seen = None
+        if cache is not None:
+            k, v, seen = cache.write(k, v, positions)
+        x = x + self.self_attn.attend(y, (k, v), seen, causal=seen is None)
+        y = self.encoder_attn_layer_norm(x)
+        x = x + self.encoder_attn.attend(y, audio_keys, audio_mask)
+        return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
+
+
+class WhisperDecoder(Decoder):
+    """Whisper's decoder of any size, with Hugging Face's parameter names.
+
+    It sees audio by cross-attention alone. Its head is its table of embeddings.
+    """
+
+    PREFIX = "model.decoder."
+    TOKENIZER = WhisperTokenizer
+
+    def __init__(self, config: dict, tokenizer: WhisperTokenizer):
+        super().__init__(config, tokenizer, config["d_model"])
+        tokenizer.multilingual = config["vocab_size"] >= 51865
+        heads, ffn = config["decoder_attention_heads"], config["decoder_ffn_dim"]
+        self.kv_heads = heads, self.width // heads
+        self.window = config["max_target_positions"]  # tokens of prompt and answer: 448
+        self.embed_positions = nn.Embedding(self.window, self.width)
+        self.layers = nn.ModuleList()
+        for _ in range(config["decoder_layers"]):
+            self.layers.append(WhisperDecoderLayer(self.width, heads, ffn))
+        self.layer_norm = nn.LayerNorm(self.width)
+
+    @staticmethod
+    def read_config(folder) -> dict:
+        c = read_whisper_config(folder, DECODER_SIZES)
+        check_values(c, folder, scale_embedding=False)
+        return c | {"tie_word_embeddings": True}
+
+    def audio_rms(self) -> float:
+        return 1.0  # assumption: about what Whisper's encoders give (1.4 base, 1.0 tiny.en)
+
+    def hear(self, audio, lengths):
+        """audio (B, A, D) -> each layer's keys and values; which tokens are real."""
+        real = torch.arange(audio.shape[1]) < lengths[:, None]  # (B, A)
+        mask = None
+        if not real.all():
+            mask = real[:, None, None, :].to(audio.device, non_blocking=True)
+        with self.autocast(audio.device):
+            audio = audio.to(self.embed_tokens.weight.dtype)
+            return [layer.encoder_attn.keys(audio) for layer in self.layers], mask
+
+    def forward(self, heard, embeds, caches=None, positions=None):
+        """embeds (B, L, D), padded on the right -> states (B, L, D); heard: see `hear`.
+
+        In generation: a cache for each layer, and the tokens' positions (B, L) in it.
+        """
+        audio_keys, mask = heard
+        if positions is None:
+            positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
+        x = embeds + self.embed_positions(positions)
+        with self.autocast(x.device):
+            for i, layer in enumerate(self.layers):
+                cache = caches[i] if caches else None
+                x = run_layer(layer, self.checkpoint_layers, x, audio_keys[i], mask,
+                              cache, positions)
+            return self.layer_norm(x)
+
+    def embed(self, chats: list[list[int]], room: int = 0):
+        """Ids -> (B, L, D), padded on the right; behind them `room` more must fit."""
+        longest = max(map(len, chats)) + room
+        if longest > self.window:
+            raise ValueError(f"prompt and answer have {longest} tokens; Whisper's "
+                             f"decoder takes {self.window}: shorten either")
+        device = self.embed_tokens.weight.device
+        return self.embed_tokens(pad_ids(chats).to(device, non_blocking=True))
+
+    def answer_states(self, audio, lengths, prompts, answers):
+        """The states (N, D) that predict the answer tokens, one clip after the other.
+
+        audio (B, A, D), lengths (B,) on the CPU; prompts, answers: B lists of ids each.
+        """
+        chats = []
+        for prompt, answer in zip(prompts, answers):
+            chats.append(prompt + answer[:-1])  # its end token predicts nothing
+        states = self(self.hear(audio, lengths), self.embed(chats))  # (B, L, D)
+        return states[predicting(chats, answers)]
+
+    @torch.no_grad()
+    def generate(self, audio, lengths, prompts, max_new_tokens: int, stop_repeats=False):
+        """Greedy answers as lists of ids, without the end token; see `greedy`."""
+        read = partial(self, self.hear(audio, lengths))
+        embeds = self.embed(prompts, max_new_tokens)  # (B, L, D)
+        return self.greedy(read, embeds, prompts, max_new_tokens, stop_repeats)
+
+    @torch.no_grad()
+    def detect_languages(self, audio, lengths) -> list[str]:
+        """Each clip's most probable language, as a code: nl."""
+        t = self.tokenizer
+        if not t.multilingual:
+            return ["en"] * len(audio)
+        prompts, answers = [[t.start]] * len(audio), [[t.end]] * len(audio)
+        states = self.answer_states(audio, lengths, prompts, answers)  # (B, D)
+        codes, ids = list(t.languages), list(t.languages.values())
+        best = self.unembed(states)[:, ids].argmax(-1)  # (B,)
+        return [codes[i] for i in best.tolist()]
+
+
+def load_decoder(folder, dtype: torch.dtype = torch.float32) -> Decoder:
+    """The decoder of a folder, by its config.json's model_type."""
+    kind = read_config(folder, ("qwen2", "qwen3", "whisper"))["model_type"]
+    decoder = WhisperDecoder if kind == "whisper" else QwenDecoder
+    return decoder.from_pretrained(folder, dtype)
 
 
 # ---------------------------------------------------------------- the joint model
 
-def new_adapter(encoder, decoder, stack: int) -> StackAdapter:
-    """A new adapter, whose output has the scale of the decoder's embeddings."""
-    rms = decoder.embed_tokens.weight.float().square().mean().sqrt().item()
-    return StackAdapter(encoder.width, decoder.width, stack, rms)
+def new_adapter(encoder, decoder, stack: int) -> nn.Module:
+    """A new adapter, whose output has the scale that the decoder is used to; none at 0."""
+    if stack == 0 and encoder.width == decoder.width:
+        return NoAdapter()
+    if stack == 0:
+        raise ValueError(f"stack is 0, no adapter, but the encoder is {encoder.width} wide "
+                         f"and the decoder {decoder.width}; use 1 or more")
+    return StackAdapter(encoder.width, decoder.width, stack, decoder.audio_rms())
 
 
 class UniWhisper(nn.Module):
     """Encoder and adapter, trained through a frozen decoder (paper, section 2).
 
-    Only the answers' tokens carry loss. A decoder needs width, embed_tokens, layers,
-    answer_states, unembed, generate and a tokenizer with prompt, answer and decode,
-    all as in QwenDecoder.
+    Only the answers' tokens carry loss. A decoder is a Decoder with answer_states and
+    generate; its tokenizer has prompt, answer and decode.
     """
 
     def __init__(self, encoder, adapter: nn.Module, decoder):
@@ -738,8 +1027,27 @@ def load_model(encoder, decoder, stack: int, adapter=None, dtype=torch.float32):
 def load_run(out) -> UniWhisper:
     """The model of a run's newest checkpoint, in eval mode."""
     s, newest = open_run(out)
-    adapter = newest / "adapter"
-    return load_model(newest / "encoder", s["decoder"], s["stack"], adapter).eval()
+    decoder, adapter = decoder_folder(s, newest), newest / "adapter"
+    return load_model(newest / "encoder", decoder, s["stack"], adapter).eval()
+
+
+def decoder_folder(settings: dict, checkpoint: Path) -> Path:
+    """A run's decoder: in its checkpoint where it trains."""
+    trained = checkpoint / "decoder"
+    return trained if trained.exists() else Path(settings["decoder"])
+
+
+def export_run(folder, beside, settings: dict, encoder, decoder=None) -> None:
+    """Write a run's encoder as a Hugging Face folder; a trained decoder goes to `beside`.
+
+    Whisper's decoder, where no adapter stood between, also takes the old one's place.
+    """
+    source = settings["encoder"]
+    if decoder is not None:
+        decoder.save(beside, settings["decoder"])
+        if settings["stack"] == 0 and isinstance(decoder, WhisperDecoder):
+            source = beside
+    encoder.save(folder, source)
 
 
 # ---------------------------------------------------------------- command line
@@ -821,21 +1129,73 @@ def ask(args) -> None:
     print(texts[0])
 
 
+@torch.inference_mode()
+def transcribe(args) -> None:
+    from data import AudioError, read_audio
+
+    encoder, decoder = load_encoder(args.encoder).eval(), load_decoder(args.encoder)
+    if args.language:
+        decoder.tokenizer.transcription(args.language)  # refuses what it does not know
+    skipped = []
+    for path in args.audio:
+        try:
+            audio = read_audio(path, encoder.sample_rate)
+        except AudioError as e:
+            skipped.append(f"skipped: {e}")
+            continue
+        texts, language = [], args.language
+        for piece in audio.split(encoder.window * TOKEN):
+            if args.context == "30s":
+                piece = F.pad(piece, (0, encoder.window * TOKEN - len(piece)))
+            text, language, repeat = transcribe_window(encoder, decoder, piece, language)
+            texts.append(text)
+            if repeat:
+                note = f"note: {path}: stopped where it only repeated {repeat!r}"
+                print(note, file=sys.stderr)
+        print(f"{path}: {' '.join(texts)}", flush=True)
+    if skipped:
+        raise ValueError("\n".join(skipped))
+
+
+def transcribe_window(encoder, decoder, audio, language: str = ""):
+    """Audio (S,) of up to 30 s -> text, language, what was repeated without end."""
+    audio, lengths = encoder.encode(audio[None], torch.tensor([len(audio)]))  # (1, T, D)
+    language = language or decoder.detect_languages(audio, lengths)[0]
+    tokenizer = decoder.tokenizer
+    prompt = tokenizer.transcription(language)
+    longest = decoder.window - len(prompt)
+    ids = decoder.generate(audio, lengths, [prompt], longest, stop_repeats=True)[0]
+    repeat, length = "", repeated(ids)
+    if length:
+        repeat = tokenizer.decode(ids[-length:])
+        ids = ids[: length - RUNAWAY]  # once it may have been said
+    return tokenizer.decode(ids), language, repeat
+
+
 @torch.no_grad()
 def export(args) -> None:
     settings, newest = open_run(args.run)
+    beside = Path(args.folder, "decoder")
     source, trained = settings["encoder"], newest / "encoder"
-    refuse_to_overwrite(args.folder, args.run, source, settings["decoder"], trained)
+    for target in (args.folder, beside):
+        refuse_to_overwrite(target, args.run, source, settings["decoder"], trained)
     if not 0 <= args.blend <= 1:
         raise ValueError(f"--blend is {args.blend:g}; it must be from 0 to 1")
-    encoder = load_encoder(trained)
-    if args.blend != 1:
-        # Weights in between forget less (Wortsman et al., arXiv 2109.01903).
-        start = load_encoder(source)
-        for p, before in zip(encoder.parameters(), start.parameters(), strict=True):
-            p.lerp_(before, 1 - args.blend)
-    encoder.save(args.folder, source)
+    encoder, decoder = load_encoder(trained), None
+    blend(encoder, load_encoder, source, args.blend)
+    if (newest / "decoder").exists():
+        decoder = load_decoder(newest / "decoder")
+        blend(decoder, load_decoder, settings["decoder"], args.blend)
+    export_run(args.folder, beside, settings, encoder, decoder)
     print(f"{args.folder}: {trained}, {args.blend:g} of the way from {source}")
+
+
+def blend(trained: nn.Module, load, source, share: float) -> None:
+    """Weights in between forget less (Wortsman et al., arXiv 2109.01903)."""
+    if share != 1:
+        start = load(source)
+        for p, before in zip(trained.parameters(), start.parameters(), strict=True):
+            p.lerp_(before, 1 - share)
 
 
 def main():
@@ -855,6 +1215,13 @@ def main():
     p.add_argument("--run", required=True, help="--out of a training run")
     p.add_argument("--max-new-tokens", type=int, default=64)
     p.set_defaults(do=ask)
+    p = commands.add_parser("transcribe", help="speech -> text by Whisper's own decoder")
+    p.add_argument("audio", nargs="+")
+    p.add_argument("--encoder", required=True, help="whole Whisper, or OUT/encoder of a run")
+    p.add_argument("--language", default="", help="as nl; without: what Whisper detects")
+    p.add_argument("--context", choices=("30s", "clip"), default="30s",
+                   help="30s: silence follows up to 30 s, as Whisper learned; clip: none")
+    p.set_defaults(do=transcribe)
     p = commands.add_parser("export", help="a run's encoder as a Hugging Face folder")
     p.add_argument("folder")
     p.add_argument("--run", required=True, help="--out of a training run")

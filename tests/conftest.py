@@ -59,29 +59,53 @@ def _shake(model):
 
 def make_whisper(folder, n_mels: int = 80, width: int = 48, shard_size: str = "1GB"):
     """Save a tiny Whisper with random weights; returns transformers' model of it."""
-    from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
+    from transformers import WhisperFeatureExtractor, WhisperModel
 
     torch.manual_seed(0)
-    model = _shake(WhisperModel(WhisperConfig(
-        vocab_size=90, num_mel_bins=n_mels, d_model=width, encoder_layers=2, encoder_attention_heads=4,
-        encoder_ffn_dim=80, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=40, pad_token_id=1,
-        bos_token_id=1, eos_token_id=2, decoder_start_token_id=3)))
+    model = _shake(WhisperModel(_whisper_config(num_mel_bins=n_mels, d_model=width)))
     model.save_pretrained(folder, max_shard_size=shard_size)
     WhisperFeatureExtractor(feature_size=n_mels).save_pretrained(folder)
     return model
 
 
-def make_tokenizer(folder, chat_tokens=("<|im_start|>", "<|im_end|>")) -> None:
-    """A byte-level BPE of Qwen's kind with a few merges."""
+def _whisper_config(**sizes):
+    from transformers import WhisperConfig
+
+    return WhisperConfig(**dict(
+        vocab_size=90, num_mel_bins=80, d_model=48, encoder_layers=2, encoder_attention_heads=4,
+        encoder_ffn_dim=80, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=40, pad_token_id=1,
+        bos_token_id=1, eos_token_id=2, decoder_start_token_id=3) | sizes)
+
+
+def make_talking_whisper(folder, vocabulary: int = 51865, width: int = 48):
+    """Save a tiny Whisper with a tokenizer; returns transformers' model of it. Multilingual from 51,865 on."""
+    from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
+
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=vocabulary, d_model=width, decoder_layers=2)
+    model = _shake(WhisperForConditionalGeneration(_whisper_config(**sizes)))
+    model.save_pretrained(folder)
+    WhisperFeatureExtractor().save_pretrained(folder)
+    languages = ["<|en|>", "<|nl|>", "<|el|>"]
+    make_tokenizer(folder, ["<|startoftranscript|>", *languages, "<|translate|>", "<|transcribe|>", "<|startofprev|>",
+                            "<|notimestamps|>"], first=False)
+    return model
+
+
+def make_tokenizer(folder, chat_tokens=("<|im_start|>", "<|im_end|>"), first: bool = True) -> None:
+    """A byte-level BPE with a few merges; special tokens come first as here in Qwen's, or last as in Whisper's."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<|endoftext|>", *chat_tokens],
+    special = ["<|endoftext|>", *chat_tokens]
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special if first else [],
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
     words = "user assistant which language is spoken instrument playing the a dog barks"
     tokenizer.train_from_iterator([words] * 3, trainer)
+    if not first:
+        tokenizer.add_special_tokens(special)
     Path(folder).mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(Path(folder) / "tokenizer.json"))
 
@@ -123,6 +147,20 @@ def qwen(tmp_path_factory):
     """(folder, transformers' model) of a Qwen2 with tied embeddings."""
     folder = tmp_path_factory.mktemp("qwen")
     return folder, make_qwen(folder)
+
+
+@pytest.fixture(scope="session")
+def talking_whisper(tmp_path_factory):
+    """(folder, transformers' model) of a whole multilingual Whisper with a tokenizer."""
+    folder = tmp_path_factory.mktemp("talking")
+    return folder, make_talking_whisper(folder)
+
+
+@pytest.fixture(scope="session")
+def english_whisper(tmp_path_factory):
+    """(folder, transformers' model) of a whole `.en` Whisper with a tokenizer."""
+    folder = tmp_path_factory.mktemp("english")
+    return folder, make_talking_whisper(folder, 51864)
 
 
 def joint_model(encoder, decoder, stack: int = 4, dtype: torch.dtype = torch.float32) -> UniWhisper:

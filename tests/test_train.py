@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 
 import train
 from data import Batches, Rows
-from uniwhisper import load_run
+from uniwhisper import load_decoder, load_run
 
 HERE = Path(__file__).resolve().parent
 STEPS, FROZEN = 12, 3
@@ -168,8 +168,10 @@ def step_folder(out, step) -> Path:
 
 
 def weights(out, step) -> dict[str, torch.Tensor]:
-    folder = step_folder(out, step)
-    return load_file(folder / "encoder/model.safetensors") | load_file(folder / "adapter/model.safetensors")
+    tensors = {}
+    for path in step_folder(out, step).glob("*/model.safetensors"):
+        tensors |= load_file(path)
+    return tensors
 
 
 def same_bits(a: dict, b: dict) -> bool:
@@ -493,6 +495,82 @@ def test_killed_anywhere_and_resumed_a_run_ends_with_the_same_bits(world, tmp_pa
     assert_same_run(undisturbed.out, out)
 
 
+# ---------------------------------------------------------------- other decoders, and those that train
+
+def moved(module, start) -> set[str]:
+    before = start.state_dict()
+    return {k.partition(".")[0] for k, v in module.state_dict().items() if not torch.equal(v, before[k])}
+
+
+@pytest.mark.parametrize("rate", [0, 1e-3])
+def test_whispers_decoder_without_adapter_trains_or_not_and_resumes_exactly(world, talking_whisper, tmp_path, rate):
+    from transformers import WhisperForConditionalGeneration
+
+    folder = str(talking_whisper[0])
+    same = dict(encoder=folder, decoder=folder, stack=0, lr_decoder=rate, freeze_encoder=0, steps=6)
+    whole = Run(options(world, tmp_path / "whole", **same))
+    argv = options(world, tmp_path / "killed", **same)
+    assert Run(argv, partial(kill_in_update, 5)).wait().code == -signal.SIGKILL
+    assert "from step 3" in succeed(Run([*argv, "--resume"]), whole).out
+    assert_same_run(tmp_path / "whole", tmp_path / "killed", 6)
+    assert ("(frozen)" in whole.out) == (rate == 0)
+    assert step_folder(tmp_path / "whole", 6).joinpath("decoder").exists() == (rate > 0)
+    start, model = load_decoder(folder), load_run(tmp_path / "whole")
+    parts = {"embed_tokens", "lm_head", "embed_positions", "layers", "layer_norm"}
+    assert moved(model.decoder, start) == (parts if rate else set())
+    assert not list(model.adapter.parameters()) and model.encoder.width == model.decoder.width
+    folder = tmp_path / "whole/encoder"
+    theirs, report = WhisperForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    for k, v in theirs.model.decoder.state_dict().items():
+        assert torch.equal(v, model.decoder.state_dict()[k]), k
+    for k, v in theirs.model.encoder.state_dict().items():
+        assert torch.equal(v, model.encoder.state_dict()[k]), k
+
+
+def test_a_trained_qwen_is_saved_and_exported_by_itself(world, tmp_path):
+    from transformers import Qwen2ForCausalLM, WhisperModel
+
+    same = dict(lr_decoder=1e-3, freeze_encoder=3, save_every=1, steps=6)
+    whole = Run(options(world, tmp_path / "whole", **same))
+    argv = options(world, tmp_path / "killed", **same)
+    assert Run(argv, partial(kill_in_save, 5)).wait().code == -signal.SIGKILL
+    succeed(Run([*argv, "--resume"]), whole)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed", 6)
+    start, out = load_decoder(world.decoder), tmp_path / "whole"
+    assert not moved(load_decoder(step_folder(out, 3) / "decoder"), start)  # the adapter trained alone
+    trained = load_run(out).decoder
+    assert moved(trained, start) == {"embed_tokens", "lm_head", "layers", "norm"}
+    assert trained.lm_head.weight is trained.embed_tokens.weight
+    theirs, ours = Qwen2ForCausalLM.from_pretrained(out / "decoder"), load_decoder(out / "decoder")
+    assert torch.equal(theirs.lm_head.weight, trained.lm_head.weight) and not moved(ours, trained)
+    its, before = (WhisperModel.from_pretrained(f).decoder.state_dict() for f in (out / "encoder", world.encoder))
+    assert same_bits(its, before)
+
+
+def test_a_decoder_that_trains_has_a_group_and_float32_weights(world, talking_whisper):
+    s = train.parse(options(world, "unused", decoder=talking_whisper[0], precision="bf16", lr_decoder=1.0, steps=100,
+                            warmup=10, freeze_encoder=20))
+    model = train.build_model(s, None)
+    optimizer, _ = train.build_optimizer(s, model, dict(step=0))
+    assert [g["name"] for g in optimizer.param_groups] == ["encoder"] * 2 + ["adapter"] * 2 + ["decoder"] * 2
+    held = {id(p) for g in optimizer.param_groups[4:] for p in g["params"]}
+    assert held == {id(p) for p in model.decoder.parameters()}
+    assert {p.dtype for p in model.decoder.parameters()} == {torch.float32}
+    assert train.learning_rate(s, "decoder", 20) == 0 < train.learning_rate(s, "decoder", 21)
+    frozen = train.build_model(train.replace(s, lr_decoder=0.0), None)
+    assert {p.dtype for p in frozen.decoder.parameters()} == {torch.bfloat16}
+
+
+def test_ranks_train_a_decoder_as_one_process_does(world, talking_whisper, tmp_path):
+    folder = str(talking_whisper[0])
+    same = dict(encoder=folder, decoder=folder, stack=0, lr_decoder=1e-3, freeze_encoder=0, steps=3, save_every=1,
+                log_every=1)
+    one = Run(options(world, tmp_path / "one", **same, accumulate=2))
+    succeed(one, *start_ranks(options(world, tmp_path / "two", **same)))
+    assert_close_runs(tmp_path / "one", tmp_path / "two", 3)
+
+
 # ---------------------------------------------------------------- stopped, lengthened, started from another
 
 def signal_in_update(number, call):
@@ -777,6 +855,9 @@ def test_an_error_in_a_worker_is_one_line(world, tmp_path):
     (dict(train_split=["train", "valid"]), "--valid-split valid is also in --train-split"),
     (dict(train_split="fold9"), "--train-split"),
     (dict(steps=0), "--steps is 0"),
+    (dict(stack=0, freeze_encoder=0), "stack is 0, no adapter, but the encoder is 48 wide and the decoder 56"),
+    (dict(stack=0), "--stack 0 is no adapter, which --freeze-encoder would train alone"),
+    (dict(lr_decoder=-1), "--lr-decoder is -1"),
     (dict(batch_seconds=-1), "--batch-seconds is -1"),
     (dict(grad_clip=0), "--grad-clip is 0"),
     (dict(grad_clip="nan"), "--grad-clip is nan"),
@@ -821,7 +902,7 @@ def test_bad_weights(world, tmp_path, capsys):
     bare = tmp_path / "bare"
     shutil.copytree(world.decoder, bare)
     make_tokenizer(bare, chat_tokens=())
-    assert "lacks the chat token <|im_start|>" in error(
+    assert "lacks the token <|im_start|>" in error(
         capsys, *options(world, tmp_path / "run", decoder=bare))
     (bare / "tokenizer.json").write_text("{")
     assert "tokenizer.json" in error(capsys, *options(world, tmp_path / "run", decoder=bare))

@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import uniwhisper
 from conftest import (RATE, VOCABULARY, assert_one_line, joint_model, make_qwen, make_tokenizer, noise, tone, write_clip,
                       write_manifest)
-from uniwhisper import (ChatTokenizer, QwenDecoder, WhisperEncoder, encoder_lengths, load_decoder, load_encoder,
-                        load_run, log_mel_spectrogram, newest_checkpoint)
+from uniwhisper import (ChatTokenizer, QwenDecoder, WhisperDecoder, WhisperEncoder, encoder_lengths, load_decoder,
+                        load_encoder, load_run, log_mel_spectrogram, newest_checkpoint)
 
 WINDOW = 30 * RATE
 transformers = pytest.importorskip("transformers")
@@ -299,6 +299,125 @@ def test_decoder_computes_in_its_own_dtype_under_autocast(whisper, qwen):
     assert losses.dtype == torch.float32 and abs(losses.sum() / exact(batch_of(exact)).sum() - 1) < 0.03
 
 
+# ---------------------------------------------------------------- Whisper's decoder
+
+KINDS = ["talking_whisper", "english_whisper"]
+
+
+def whole_whisper(kind, request):
+    """Ours and theirs, and three clips' features: (B, A, D), lengths."""
+    folder, theirs = request.getfixturevalue(kind)
+    audio = torch.randn(3, 9, 48, generator=torch.Generator().manual_seed(0))
+    return load_decoder(folder), theirs, audio, torch.tensor([9, 2, 5])
+
+
+def their_logits(theirs, audio, length, ids):
+    heard = transformers.modeling_outputs.BaseModelOutput(last_hidden_state=audio[None, :length])
+    return theirs(encoder_outputs=heard, decoder_input_ids=torch.tensor([ids])).logits[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whispers_decoder_equals_transformers(kind, request):
+    decoder, theirs, audio, lengths = whole_whisper(kind, request)
+    ids = torch.randint(51864, (3, 50), generator=torch.Generator().manual_seed(0)).tolist()
+    with torch.no_grad():
+        states = decoder.answer_states(audio, lengths, [row[:1] for row in ids], [row[1:] + [0] for row in ids])
+        logits = decoder.unembed(states).split(50)
+        for ours, row, clip, length in zip(logits, ids, audio, lengths):
+            assert_close(ours, their_logits(theirs, clip, length, row))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_whispers_greedy_answers_equal_transformers(kind, request):
+    decoder, theirs, audio, lengths = whole_whisper(kind, request)
+    prompts = [[5, 6], [7, 8, 9, 10], [11]]
+    audio[1, 2:] = 100.0  # padding must not be heard
+    decoder.tokenizer.stop = {-1}
+    free = decoder.generate(audio, lengths, prompts, 12)
+    for prompt, ours, clip, length in zip(prompts, free, audio, lengths):
+        ids = list(prompt)
+        for _ in range(12):
+            ids.append(int(their_logits(theirs, clip, length, ids)[-1].argmax()))
+        assert ids == prompt + ours
+    decoder.tokenizer.stop = {free[0][5], free[1][2]}
+    until = [row[: next((i for i, t in enumerate(row) if t in decoder.tokenizer.stop), None)] for row in free]
+    assert decoder.generate(audio, lengths, prompts, 12) == until
+    assert decoder.generate(audio, lengths, prompts, 0) == [[], [], []]
+
+
+def test_whispers_states_of_a_clip_depend_on_nothing_beside_it(talking_whisper):
+    decoder = load_decoder(talking_whisper[0])
+    audio, lengths = torch.randn(3, 9, 48), torch.tensor([9, 2, 5])
+    prompts, answers = [[5, 6], [7, 8, 9, 10], [11]], [[20, 21, 22], [23], [24, 25]]
+    together = decoder.answer_states(audio, lengths, prompts, answers)
+    audio[1, 2:] = audio[2, 5:] = 100.0
+    assert_close(decoder.answer_states(audio, lengths, prompts, answers), together, 1e-6)
+    for i, states in enumerate(together.split([3, 1, 2])):
+        n = lengths[i : i + 1]
+        alone = decoder.answer_states(audio[i : i + 1, :n], n, prompts[i : i + 1], answers[i : i + 1])
+        assert_close(states, alone, 1e-5)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_gradients_pass_through_whispers_frozen_decoder(talking_whisper, recompute):
+    decoder = load_decoder(talking_whisper[0])
+    decoder.checkpoint_layers = recompute
+    audio, lengths = torch.randn(2, 6, 48, requires_grad=True), torch.tensor([6, 3])
+    states = decoder.train().answer_states(audio, lengths, [[5, 6], [7]], [[20, 21], [22]])
+    decoder.unembed(states).square().sum().backward()
+    assert audio.grad[0].all() and audio.grad[1, :3].all() and not audio.grad[1, 3:].any()
+    assert all(p.grad is None and not p.requires_grad for p in decoder.parameters())
+    assert not any(m.training for m in decoder.modules())
+
+
+@pytest.mark.parametrize("kind", ["talking_whisper", "qwen"])
+def test_a_decoder_computes_in_its_own_dtype_until_it_trains(kind, request):
+    exact = load_decoder(folder := request.getfixturevalue(kind)[0])
+    audio, lengths = 0.1 * torch.randn(1, 6, exact.width), torch.tensor([6])
+    for dtype, trains, expected in ((torch.float32, False, torch.float32), (torch.bfloat16, False, torch.bfloat16),
+                                    (torch.float32, True, torch.bfloat16)):
+        decoder = load_decoder(folder, dtype).requires_grad_(trains)
+        assert {p.dtype for p in decoder.parameters()} == {dtype}
+        with torch.autocast("cpu", torch.bfloat16):
+            states = decoder.answer_states(audio, lengths, [[5, 6]], [[20, 21, 22]])
+            assert decoder.unembed(states).dtype == expected
+            decoder.generate(audio, lengths, [[5, 6]], 3)
+        assert_close(states.float(), exact.answer_states(audio, lengths, [[5, 6]], [[20, 21, 22]]), 0.05)
+
+
+def test_whispers_prompts_and_answers(talking_whisper, english_whisper):
+    t, english = (load_decoder(folder).tokenizer for folder, _ in (talking_whisper, english_whisper))
+    spell = lambda ids: t.tokenizer.decode(ids, skip_special_tokens=False)
+    assert list(t.languages) == ["en", "nl", "el"]
+    assert spell(t.transcription("nl")) == "<|startoftranscript|><|nl|><|transcribe|><|notimestamps|>"
+    assert spell(english.transcription()) == "<|startoftranscript|><|notimestamps|>"
+    assert spell(t.prompt("Who speaks?")) == (
+        "<|startofprev|> Who speaks?<|startoftranscript|><|en|><|transcribe|><|notimestamps|>")
+    assert spell(t.answer("a dog")) == " a dog<|endoftext|>"
+    assert t.decode([*t.transcription("el"), *t.answer("Grüße, 你好"), 51000]) == "Grüße, 你好"
+    assert spell(t.ids("<|nl|>")) == "<|nl|>" and len(t.ids("<|nl|>")) > 1  # spelt as plain text
+
+
+def test_too_many_tokens_for_whispers_positions_are_one_line(talking_whisper):
+    decoder, audio, lengths = load_decoder(talking_whisper[0]), torch.randn(1, 2, 48), torch.tensor([2])
+    decoder.answer_states(audio, lengths, [[5] * 400], [[6] * 49])
+    decoder.generate(audio, lengths, [[5] * 446], 2)
+    for call, answer in ((decoder.answer_states, [[6] * 50]), (decoder.generate, 49)):
+        with pytest.raises(ValueError) as e:
+            call(audio, lengths, [[5] * 400], answer)
+        assert_one_line(e, "prompt and answer have 449 tokens; Whisper's decoder takes 448")
+
+
+def test_joint_model_with_whispers_decoder(talking_whisper):
+    torch.manual_seed(0)
+    model = joint_model(talking_whisper[0], talking_whisper[0], stack=2)
+    batch = batch_of(model)
+    assert model(batch).isfinite().all() and len(model(batch)) == sum(map(len, batch.answers))
+    features = model.adapter(model.encoder.encode(batch.audio, batch.samples)[0])
+    assert 0.5 < features.square().mean().sqrt() < 2  # as what Whisper's encoder gives
+    assert len(model.generate(batch.audio, batch.samples, ["Who?"] * 3, 4)) == 3
+
+
 # ---------------------------------------------------------------- prompt and loss
 
 def test_chat_is_laid_out_as_designed(model):
@@ -511,9 +630,30 @@ BAD_FOLDERS = {  # what is done to a good folder, and what the one line must nam
     "damaged weights": (cut_weights, "is damaged"),
     "no tokenizer": (remove("tokenizer.json"), "tokenizer.json is missing"),
     "damaged tokenizer": (write("tokenizer.json", "{"), "tokenizer.json"),
-    "no chat tokens": (tokenizer_of(), "lacks the chat token <|im_start|>"),
+    "no chat tokens": (tokenizer_of(), "lacks the token <|im_start|>"),
     "too many tokens": (tokenizer_of("<|im_start|>", "<|im_end|>", *map(str, range(300))), "vocab_size is 521; need more than"),
 }
+
+
+BAD_WHISPERS = {
+    "lacks a token": (tokenizer_of("<|translate|>"), "lacks the token <|startoftranscript|>"),
+    "scaled embeddings": (edit_config(scale_embedding=True), "scale_embedding is True"),
+    "another activation": (edit_config(activation_function="relu"), "activation_function is 'relu'"),
+    "no decoder's size": (remove_key("decoder_layers"), "decoder_layers is 'missing'"),
+    "heads": (edit_config(decoder_attention_heads=5), "d_model is 48; need a multiple of the heads"),
+    "fewer layers": (edit_config(decoder_layers=1), 'Unexpected key(s) in state_dict: "layers.1.'),
+    "small vocabulary": (edit_config(vocab_size=90), "vocab_size is 90; need more than"),
+}
+
+
+@pytest.mark.parametrize("fault", BAD_WHISPERS)
+def test_a_bad_whisper_folder_as_decoder_gives_one_clear_line(fault, talking_whisper, tmp_path):
+    shutil.copytree(talking_whisper[0], tmp_path, dirs_exist_ok=True)
+    spoil, says = BAD_WHISPERS[fault]
+    spoil(tmp_path)
+    with pytest.raises(ValueError) as e:
+        load_decoder(tmp_path)
+    assert_one_line(e, str(tmp_path), says)
 
 
 @pytest.fixture(scope="module")
@@ -748,6 +888,128 @@ def test_ask_prints_the_answer(run, tmp_path, monkeypatch, capsys):
     clip = write_clip(tmp_path / "a.wav", noise(RATE).numpy(), subtype="FLOAT")
     command(monkeypatch, "ask", clip, "Who speaks?", "--run", run, "--max-new-tokens", 7)
     assert capsys.readouterr().out == load_run(run).generate(noise(RATE)[None], torch.tensor([RATE]), ["Who speaks?"], 7)[0] + "\n"
+
+
+def test_a_repetition_is_known_by_its_last_32_tokens():
+    assert uniwhisper.repeated([1, 2, 3] + [7] * 32) == 1 and not uniwhisper.repeated([7] * 31)
+    assert uniwhisper.repeated([5, 6] * 16) == 2 and not uniwhisper.repeated([5, 6] * 15 + [5, 7])
+    assert uniwhisper.repeated(list(range(8)) * 4) == 8 and not uniwhisper.repeated(list(range(9)) * 4)
+
+
+def test_languages_are_detected_as_the_most_probable(talking_whisper, english_whisper):
+    decoder, (_, theirs) = load_decoder(talking_whisper[0]), talking_whisper
+    audio, lengths = torch.randn(8, 5, 48, generator=torch.Generator().manual_seed(0)), torch.full((8,), 5)
+    found, t = decoder.detect_languages(audio, lengths), decoder.tokenizer
+    for clip, language in zip(audio, found):
+        logits = their_logits(theirs, clip, 5, [t.start])[0]
+        assert all(logits[t.languages[language]] >= logits[i] for i in t.languages.values())
+    assert len(set(found)) > 1
+    assert load_decoder(english_whisper[0]).detect_languages(audio, lengths) == ["en"] * 8
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Whisper's decoder says what it is told, a text a window; notes the prompts and the audio tokens it gets."""
+    texts, heard = [], []
+
+    def greedy(self, read, embeds, chats, max_new_tokens, stop_repeats=False):
+        assert stop_repeats and max_new_tokens == 448 - len(chats[0])
+        heard.append((chats[0], read.args[0][0][0][0].shape[2]))
+        ids, said = self.tokenizer.answer(texts[len(heard) - 1]), []
+        for token in ids[:-1]:
+            said.append(token)
+            if uniwhisper.repeated(said):
+                break
+        return [said]
+
+    monkeypatch.setattr(WhisperDecoder, "greedy", greedy)
+    return texts, heard
+
+
+@pytest.mark.parametrize("context, last", [("30s", 1500), ("clip", 100)])
+def test_transcribe_says_each_window_in_the_language_given(talking_whisper, tmp_path, monkeypatch, capsys, scripted,
+                                                           context, last):
+    texts, heard = scripted
+    texts += ["een hond", "en een kat", "blaft"]
+    long, short = write_clip(tmp_path / "long.wav", tone(62)), write_clip(tmp_path / "short.wav", tone(2))
+    texts.append("kort")
+    command(monkeypatch, "transcribe", long, short, "--encoder", talking_whisper[0], "--language", "nl",
+            "--context", context)
+    said = capsys.readouterr()
+    assert said.out == f"{long}: een hond en een kat blaft\n{short}: kort\n" and not said.err
+    prompt = load_decoder(talking_whisper[0]).tokenizer.transcription("nl")
+    assert heard == [(prompt, 1500), (prompt, 1500), (prompt, last), (prompt, last)]
+
+
+def test_transcribe_stops_a_repetition_and_says_so(talking_whisper, tmp_path, monkeypatch, capsys, scripted):
+    scripted[0].append("which dog" + " barks barks again" * 40)
+    clip = write_clip(tmp_path / "a.wav")
+    command(monkeypatch, "transcribe", clip, "--encoder", talking_whisper[0], "--language", "en")
+    said = capsys.readouterr()
+    kept = said.out.removeprefix(f"{clip}: which dog").split()
+    assert kept[:3] == ["barks", "barks", "again"][: len(kept)] and len(kept) < 9
+    assert said.err.startswith(f"note: {clip}: stopped where it only repeated '")
+
+
+def test_greedy_answers_stop_at_a_repetition(talking_whisper, monkeypatch):
+    decoder = load_decoder(talking_whisper[0])
+    monkeypatch.setattr(decoder, "unembed", lambda states: F.one_hot(torch.full(states.shape[:1], 9), 20))
+    audio, lengths = torch.randn(2, 5, 48), torch.tensor([5, 4])
+    assert decoder.generate(audio, lengths, [[1]] * 2, 50) == [[9] * 50] * 2
+    assert decoder.generate(audio, lengths, [[1]] * 2, 50, stop_repeats=True) == [[9] * 32] * 2
+
+
+def test_transcribe_equals_transformers(english_whisper, tmp_path, monkeypatch, capsys):
+    folder, theirs = english_whisper
+    audio = noise(RATE)
+    decoder = load_decoder(folder)
+    mel = log_mel_spectrogram(F.pad(audio, (0, WINDOW - RATE))[None])
+    ids = decoder.tokenizer.transcription()
+    with torch.no_grad():
+        encoded = theirs.get_encoder()(mel).last_hidden_state[0]
+        for _ in range(446):
+            ids.append(int(their_logits(theirs, encoded, 1500, ids)[-1].argmax()))
+            if ids[-1] == decoder.tokenizer.end or uniwhisper.repeated(ids[2:]):
+                break
+    length = uniwhisper.repeated(ids[2:])
+    expected = decoder.tokenizer.decode(ids[2:][: length - 32 if length else None])
+    clip = write_clip(tmp_path / "a.wav", audio.numpy(), subtype="FLOAT")
+    command(monkeypatch, "transcribe", clip, "--encoder", folder)
+    assert capsys.readouterr().out == f"{clip}: {expected}\n"
+
+
+@pytest.mark.parametrize("kind, language, says", [
+    ("talking_whisper", "fr", "language is 'fr'; this Whisper knows en, nl, el"),
+    ("english_whisper", "nl", "language is 'nl'; this Whisper knows en"),
+    ("whisper", "", "tokenizer.json is missing"),
+    ("talking_whisper", "en", "skipped: "),
+])
+def test_what_transcribe_cannot_do_is_one_line(kind, language, says, request, tmp_path, monkeypatch):
+    clip = tmp_path / "a.wav"
+    clip.write_text("no sound")
+    with pytest.raises(SystemExit) as e:
+        command(monkeypatch, "transcribe", clip, "--encoder", request.getfixturevalue(kind)[0], "--language", language)
+    assert_one_line(e, "error: ", says)
+
+
+@pytest.mark.parametrize("blend", [1, 0.5])
+@pytest.mark.parametrize("kind, stack", [("talking_whisper", 0), ("talking_whisper", 4), ("qwen", 4)])
+def test_export_of_a_trained_decoder(kind, stack, blend, run, talking_whisper, request, tmp_path, monkeypatch):
+    decoder, out = load_decoder(source := request.getfixturevalue(kind)[0]), tmp_path / "out"
+    with torch.no_grad():
+        decoder.layers[0].self_attn.q_proj.weight.mul_(3.0)
+    decoder.save(newest_checkpoint(run) / "decoder", source)
+    edit_config(encoder=str(talking_whisper[0]), decoder=str(source), stack=stack)(run)
+    command(monkeypatch, "export", "--run", run, out, "--blend", blend)
+    start, weight = load_decoder(source), lambda d: d.layers[0].self_attn.q_proj.weight
+    assert torch.allclose(weight(load_decoder(out / "decoder")), weight(start) * (1 + 2 * blend))
+    whole = stack == 0 and kind == "talking_whisper"
+    expected = decoder if whole else load_decoder(talking_whisper[0])
+    theirs = transformers.WhisperForConditionalGeneration.from_pretrained(out).model
+    share = 1 + 2 * blend if whole else 1
+    assert torch.allclose(weight(theirs.decoder), share * weight(load_decoder(talking_whisper[0])))
+    assert torch.equal(theirs.decoder.embed_tokens.weight, expected.embed_tokens.weight)
+    assert load_encoder(out).width == 48
 
 
 @pytest.mark.parametrize("blend", [None, 0.5, 0])
