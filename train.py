@@ -3,7 +3,7 @@
     python train.py                            # the embedded example, three minutes
     python train.py --data *.jsonl --encoder whisper-base --decoder qwen --out OUT
     torchrun --nproc-per-node=8 train.py ...   # several GPUs; --nnodes: machines
-    python train.py --resume --out OUT         # go on, on CPUs to the same bits
+    python train.py --resume --out OUT         # go on; on CPUs, to the same bits
 
 OUT gets config.json, metrics.jsonl, checkpoints/ and, at the end, encoder/ (and decoder/
 where --lr-decoder trains it).
@@ -43,7 +43,7 @@ class Settings:
     data: tuple[str, ...] = flag((), "manifests and tars; without: the example")
     train_split: tuple[str, ...] = flag(("train",), "splits to train on")
     valid_split: str = flag("valid", "split of the held-out losses and questions")
-    max_seconds: float = flag(30.0, "longest clip")
+    max_seconds: float = flag(30.0, "a longer clip is an error")
     batch_seconds: float = flag(200.0, "audio seconds in a batch, padding counted")
     accumulate: int = flag(1, "batches in an update, on each rank")
     # assumption: the paper does not say how it mixes tasks
@@ -88,7 +88,8 @@ class Settings:
     resume: bool = flag(False, "go on from OUT's newest checkpoint and settings")
 
 
-# What may differ in a resumed run; everything else would change its numbers.
+# These may differ in a resumed run: `steps` changes the learning rates from there on; `data`
+# may have moved, for its rows are compared by a checksum.
 FREE_ON_RESUME = ("resume", "out", "data", "workers", "checkpoint_layers", "steps", "keep",
                   "log_every", "save_every", "eval_every", "eval_clips", "questions")
 MAY_BE_0 = ("threads", "workers", "questions", "eval_clips", "warmup", "freeze_encoder",
@@ -106,6 +107,8 @@ def parse(argv=None) -> Settings:
     given = parse_flags(Settings, __doc__, argv)
     defaults = {} if "data" in given else EXAMPLE
     saved = Path(given.get("out", EXAMPLE["out"]), "config.json")
+    if "resume" in given and "data" not in given and not saved.is_file():
+        raise ValueError(f"{saved} is missing: there is no run to resume")
     if "resume" in given and saved.is_file():
         known = [f.name for f in fields(Settings)]
         defaults = {k: v for k, v in read_json(saved, "steps").items() if k in known}
@@ -177,7 +180,7 @@ def all_gather(thing=None) -> list:
 
 
 def together(make, *inputs):
-    """make(*inputs) on every rank; an error of one is raised on all."""
+    """make(*inputs) on every rank; one rank's OSError or ValueError is raised on all."""
     result = error = None
     try:
         result = make(*inputs)
@@ -250,8 +253,9 @@ def wrap(s: Settings, model: UniWhisper):
     """DDP around the model where there are several ranks."""
     if world() == 1:
         return model
-    # DDP makes new buckets after its first step, which after a resume is another one, and
-    # gloo's sums over three ranks depend on the buckets. With this flag they stay.
+    # DDP regroups the gradients into buckets after the first step of a process. Gloo's sums
+    # over more than two ranks depend on the grouping, so a resumed run would differ in the
+    # last bits. find_unused_parameters keeps the first grouping.
     fixed = world() > 2 and s.device == "cpu"
     return DistributedDataParallel(model, gradient_as_bucket_view=True,
                                    find_unused_parameters=fixed)
@@ -288,8 +292,9 @@ def find_checkpoint(s: Settings) -> Path | None:
 def save_checkpoint(s: Settings, model: UniWhisper, state: dict) -> None:
     """Rank 0 writes encoder/, adapter/, a trained decoder/ and trainer.pt: `state`.
 
-    state: step, settings, held-out losses before training, and of optimizer and scaler.
-    Seed and step decide the batches. Only a whole folder gets the final name.
+    state: the step, the settings, the held-out losses before training, the states of the
+    optimizer and the loss scaler. Seed and step decide the batches. Only a whole folder
+    gets the final name.
     """
     if rank() > 0:
         return
@@ -297,7 +302,7 @@ def save_checkpoint(s: Settings, model: UniWhisper, state: dict) -> None:
     final = folder / f"step-{state['step']:08d}"
     writing = folder / f".writing-{state['step']:08d}"
     try:
-        for stale in folder.glob(".*-*"):
+        for stale in folder.glob(".*-*"):  # .writing-N and .old-step-N
             shutil.rmtree(stale, ignore_errors=True)
         (writing / "adapter").mkdir(parents=True)
         model.encoder.save(writing / "encoder")
@@ -362,7 +367,10 @@ def load_state(checkpoint: Path | None, fixed: dict, steps: int) -> dict:
 # ---------------------------------------------------------------- reports
 
 class Log:
-    """What this rank did since the last line, and metrics.jsonl."""
+    """Counts what this rank did since the last line and writes metrics.jsonl.
+
+    Raises when too many updates are not finite, or too many clips cannot be read.
+    """
 
     def __init__(self, s: Settings, batches: Batches, step: int):
         self.s, self.batches = s, batches
@@ -374,7 +382,7 @@ class Log:
             lines = []
             if step and self.path.exists():
                 lines = self.path.read_bytes().splitlines(True)
-            # What a killed run wrote after its last checkpoint comes again.
+            # Updates after the checkpoint are made, and logged, again.
             kept = [x for x in lines if x.endswith(b"\n") and json.loads(x)["step"] <= step]
             self.path.write_bytes(b"".join(kept))
 
@@ -428,7 +436,10 @@ class Log:
                                   "lower the learning rates or mend the rows above")
 
     def line(self, step: int, optimizer, norm: float) -> None:
-        """Say and write what all ranks did since the last line."""
+        """Say and write what all ranks did since the last line.
+
+        loss is a mean over answer tokens, with --loss example, too; memory is rank 0's.
+        """
         tasks = means(self.batches.rows, all_sum(self.losses))
         loss, tokens = self.losses.sum(0)
         loss = (loss / tokens).item()  # NaN if no update took place
@@ -605,7 +616,7 @@ def lock(out):
 
 
 def catch_signals() -> list[int]:
-    """A list that Ctrl-C and SIGTERM are put into from here on."""
+    """A list that Ctrl-C and SIGTERM are put into from here on (readers ignore Ctrl-C)."""
     caught = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: caught.append(number))
@@ -640,7 +651,7 @@ def train(s: Settings, model: UniWhisper, log: Log, stream, state: dict) -> bool
             model.decoder.zero_grad()
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), s.grad_clip).item()
-        if math.isfinite(norm):  # on all ranks or none: the gradient is their sum
+        if math.isfinite(norm):  # all ranks have the same gradient, so all skip or none
             scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
@@ -650,7 +661,7 @@ def train(s: Settings, model: UniWhisper, log: Log, stream, state: dict) -> bool
             log.line(step, optimizer, norm)
         if step % s.eval_every == 0 or step == s.steps:
             report(log, model, step, state["before"])
-        if save:  # last: a run that is killed before it repeats the reports
+        if save:  # after the reports: if killed before, a resumed run makes them again
             state |= dict(step=step, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
             together(save_checkpoint, s, model, state)
         if stop:
@@ -674,7 +685,7 @@ def run(s: Settings) -> None:
     batches = Batches(rows, model.decoder.tokenizer, s.seed, s.max_seconds,
                       model.encoder.sample_rate)
     describe(s, model, rows, state["step"])
-    # Workers are forked here, before the ranks' first sum: see `evaluate`.
+    # Readers are forked here, before gradients are summed: see `evaluate`.
     stream = iter(loader(batches, specs, s.workers, s.device == "cuda"))
     finished = train(s, model, Log(s, batches, state["step"]), stream, state)
     if finished and rank() == 0:

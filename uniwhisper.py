@@ -61,12 +61,12 @@ def mel_filters(n_mels: int, device: torch.device):
 def log_mel_spectrogram(audio, n_mels: int = 80):
     """Whisper's input: audio (B, S) -> (B, n_mels, F), F = S // 160, at least 1.
 
-    As if zeros filled each clip up to 30 s. The floor lies 8 (log10) below the clip's own
-    maximum: neither more zeros nor a loud clip in the same batch changes a frame.
+    The frames are Whisper's of the clip padded with zeros to 30 s, without computing the
+    rest. The floor lies 8 (log10) below the clip's own maximum: neither more zeros nor a
+    loud clip in the same batch changes a frame.
     """
     frames = max(1, audio.shape[-1] // HOP)
-    # Windows across the clip's end see zeros and count for the maximum. Whisper's
-    # reflection at the end takes part only where 30 s are reached.
+    # One window of zeros stands for all; a clip of 30 s is mirrored there, as in Whisper.
     audio = F.pad(audio, (0, max(0, min(N_FFT, CHUNK - audio.shape[-1]))))
     audio = F.pad(audio[:, None], (N_FFT // 2, N_FFT // 2), mode="reflect")[:, 0]
     windows = audio.unfold(-1, N_FFT, HOP)  # (B, F', N_FFT)
@@ -337,30 +337,36 @@ class WhisperEncoder(nn.Module):
         """audio (B, S), zero beyond samples (B,) -> (features (B, T, D), lengths (B,)).
 
         Features are 0 beyond `lengths` (tokens, on the CPU). A clip over 30 s is encoded
-        in windows of 30 s, each by itself; their tokens are joined. Where S is less than
-        `samples`, silence follows. pad_to_window: attention also sees silence up to the
+        in windows of 30 s, each by itself; their tokens are joined. If audio ends before
+        `samples`, zeros are appended. pad_to_window: attention also sees silence up to the
         window's end, as in Whisper's training; the features are the clip's own tokens.
         # assumption: the paper does not say whether it pads to 30 s.
         """
-        lengths = seen = encoder_lengths(samples.cpu())  # (B,)
+        lengths = encoder_lengths(samples.cpu())  # (B,)
+        seen = lengths  # tokens that attention sees
         if pad_to_window:
-            seen = -(-lengths // self.window) * self.window  # rounded up to whole windows
+            windows = (lengths + self.window - 1) // self.window
+            seen = windows * self.window
         parts = []
         for first in range(0, int(seen.max()), self.window):
             clips = (seen > first).nonzero()[:, 0]  # those that reach into this window
-            here = (seen[clips] - first).clamp(max=self.window)  # their tokens in it
-            start, end = first * TOKEN, (first + self.window) * TOKEN
-            piece = audio[clips.to(audio.device), start:end]
-            missing = int(here.max()) * TOKEN - piece.shape[1]
-            mel = log_mel_spectrogram(F.pad(piece, (0, max(0, missing))), self.n_mels)
-            x = self(mel[:, :, : 2 * int(here.max())], here)
-            part = x.new_zeros(len(audio), *x.shape[1:])
+            piece = audio[clips.to(audio.device), first * TOKEN :]
+            x = self.encode_window(piece, (seen[clips] - first).clamp(max=self.window))
+            part = x.new_zeros(len(audio), *x.shape[1:])  # (B, T of this window, D)
             parts.append(part.index_copy(0, clips.to(x.device), x))
         features = torch.cat(parts, 1)[:, : int(lengths.max())]
         if pad_to_window:
             real = torch.arange(features.shape[1]) < lengths[:, None]
             features = features * real[:, :, None].to(features.device)
         return features, lengths
+
+    def encode_window(self, audio, lengths):
+        """The first of audio (B, S), lengths (B,) tokens of it -> (B, T, D)."""
+        tokens = int(lengths.max())
+        audio = audio[:, : self.window * TOKEN]
+        audio = F.pad(audio, (0, max(0, tokens * TOKEN - audio.shape[1])))
+        mel = log_mel_spectrogram(audio, self.n_mels)
+        return self(mel[:, :, : 2 * tokens], lengths)
 
     def save(self, folder, source=None) -> None:
         """Write a Whisper folder for Hugging Face transformers.
@@ -392,7 +398,7 @@ class WhisperEncoder(nn.Module):
 
 
 def load_encoder(folder) -> WhisperEncoder:
-    """The encoder of a folder; another class would be chosen here."""
+    """The encoder of a folder. For another kind, choose its class here by model_type."""
     return WhisperEncoder.from_pretrained(folder)
 
 
@@ -657,7 +663,8 @@ class ChatTokenizer(TextTokenizer):
         self.tail = self.ids("<|im_end|>\n<|im_start|>assistant\n")  # after the audio
         if tokenizer.token_to_id("<think>") is not None:
             self.tail += self.ids("<think>\n\n</think>\n\n")  # Qwen3 then answers at once
-        tokenizer.encode_special_tokens = True  # in texts they are spelt as plain text
+        # From here on "<|im_end|>" inside a text is ordinary text; not before head and tail.
+        tokenizer.encode_special_tokens = True
 
     def prompt(self, instruction: str) -> list[int]:
         """Ids before the audio."""
@@ -955,8 +962,9 @@ def new_adapter(encoder, decoder, stack: int) -> nn.Module:
 class UniWhisper(nn.Module):
     """Encoder and adapter, trained through a frozen decoder (paper, section 2).
 
-    Only the answers' tokens carry loss. A decoder is a Decoder with answer_states and
-    generate; its tokenizer has prompt, answer and decode.
+    Only the answers' tokens carry loss. An encoder has sample_rate, width, token_seconds,
+    encode and save; a decoder is a Decoder with answer_states and generate, and its
+    tokenizer has prompt, answer and decode.
     """
 
     def __init__(self, encoder, adapter: nn.Module, decoder):
@@ -970,9 +978,10 @@ class UniWhisper(nn.Module):
         batch: audio (B, S), samples (B,), prompts and answers as B lists of ids.
         """
         features, lengths = self.encoder.encode(batch.audio, batch.samples)  # (B, T, D)
-        audio, lengths = self.adapter(features), self.adapter.lengths(lengths)  # (B, A, D)
-        states = self.decoder.answer_states(
-            audio, lengths, batch.prompts, batch.answers)  # (N, D)
+        audio_tokens = self.adapter(features)  # (B, A, D)
+        counts = self.adapter.lengths(lengths)  # (B,)
+        states = self.decoder.answer_states(audio_tokens, counts, batch.prompts,
+                                            batch.answers)  # (N, D)
         labels = torch.tensor([token for answer in batch.answers for token in answer])
         return self.answer_losses(states, labels.to(states.device, non_blocking=True))
 
