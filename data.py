@@ -417,15 +417,18 @@ def scan(paths, answers, splits, max_seconds, problems: Counter):
 
 def write_index(rows: "Rows", path: str) -> None:
     """A line of JSON, then the rows' table, which all processes map into memory."""
+    if not path.endswith(".index"):
+        raise ValueError(f"{path}: an index must be named FILE.index")
     paths = [os.path.abspath(data) for data in rows.paths]
     stamps = [[os.path.getsize(data), os.path.getmtime(data)] for data in paths]
     names = paths, rows.tasks, rows.splits, rows.split_counts
     facts = dict(names=names, rows=len(rows), stamps=stamps)
     head = json.dumps(facts).encode()
     head += b" " * (63 - len(head) % 64) + b"\n"  # whole 64 bytes
-    with open(path, "wb") as f:
+    with open(path + ".new", "wb") as f:
         f.write(head)
         f.write(rows.table)
+    os.replace(path + ".new", path)  # at once: others may have it mapped
 
 
 def open_index(path: str):

@@ -1099,7 +1099,8 @@ def refuse_to_overwrite(target, *inputs) -> None:
 def encode(args) -> None:
     from data import AudioError, Rows, read_audio  # used here alone
 
-    refuse_to_overwrite(args.out, *args.audio)
+    weights = Path(args.encoder, "model.safetensors")
+    refuse_to_overwrite(args.out, *args.audio, weights)
     encoder = load_encoder(args.encoder).eval()
     clips = {}  # name -> a function that reads the clip
     for path in args.audio:

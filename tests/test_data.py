@@ -1130,3 +1130,19 @@ def test_an_index_of_files_that_changed_and_other_misuse_are_refused(index, tmp_
     Path(files[0]).unlink()
     with pytest.raises(OSError, match="m.jsonl"):
         Rows(path)
+
+
+def test_an_index_overwrites_neither_data_nor_the_index_in_use(tmp_path, monkeypatch):
+    write_clip(tmp_path / "a.wav")
+    path = write_manifest(tmp_path / "a.jsonl", [dict(audio="a.wav", seconds=0.5)])
+    before = Path(path).read_bytes()
+    monkeypatch.setattr("sys.argv", ["data.py", path, "--index", path])
+    with pytest.raises(SystemExit) as e:
+        data.main()
+    assert_one_line(e, f"error: {path}: an index must be named FILE.index")
+    assert Path(path).read_bytes() == before
+    index = str(tmp_path / "a.index")
+    data.write_index(Rows([path]), index)
+    mapped = Rows([index])
+    data.write_index(mapped, index)
+    assert len(mapped) == len(Rows([index])) == 1 and mapped.name(0) == Rows([path]).name(0)

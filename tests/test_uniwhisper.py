@@ -872,6 +872,7 @@ def test_encode_takes_manifests_pools_and_names_what_it_skips(whisper, tmp_path,
 
 
 @pytest.mark.parametrize("words", ["encode {clip} --encoder {whisper} --out {clip}",
+                                   "encode {clip} --encoder {whisper} --out {whisper}/model.safetensors",
                                    "encode {clip} --encoder {whisper} --out {folder}/../{folder.name}/a.wav",
                                    "export --run {run} {run}", "export --run {run} {whisper}",
                                    "export --run {run} {run}/checkpoints/step-00000002/encoder"])
