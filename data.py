@@ -1,4 +1,4 @@
-"""Rows -> batches of samples and token ids: manifests, tars, decoding, instructions, mixing.
+"""Rows -> batches: manifests, tars, decoding, instructions, mixing.
 
     python data.py A.jsonl 'shards/*.tar' [--decode]    # what is there; can it be read?
     python data.py 'shards/*.tar' --index all.index     # scanned once; opens at once
@@ -30,7 +30,8 @@ from torch.utils.data import DataLoader, Dataset
 # What to ask when a row has no instruction of its own, by task; extend at will.
 # assumption: the paper gives no wording.
 TEMPLATES = {
-    "transcribe": ["Transcribe the speech.", "What is said?", "Write down the spoken words."],
+    "transcribe": ["Transcribe the speech.", "What is said?",
+                   "Write down the spoken words."],
     "translate": ["Translate the speech into English.", "What is said, in English?"],
     "language": ["Which language is spoken?", "Name the language of the speech.",
                  "What language is this?"],
@@ -41,8 +42,10 @@ TEMPLATES = {
     "voice": ["Which voice is speaking?", "Name the voice."],
     "gender": ["Is the speaker male or female?", "What is the speaker's gender?"],
     "age": ["How old is the speaker?", "What age group is the speaker in?"],
-    "keyword": ["Which keyword is spoken?", "Name the spoken keyword.", "What is the keyword?"],
-    "command": ["Which word is spoken?", "Name the spoken command.", "What is the spoken word?"],
+    "keyword": ["Which keyword is spoken?", "Name the spoken keyword.",
+                "What is the keyword?"],
+    "command": ["Which word is spoken?", "Name the spoken command.",
+                "What is the spoken word?"],
     "intent": ["What does the speaker want?", "Name the intent of the speech."],
     "count": ["How many are there?", "Count them."],
     "speaker_count": ["How many people are speaking?", "Count the speakers.",
@@ -59,7 +62,8 @@ TEMPLATES = {
     "question": ["Answer the question about the audio."],
     "instrument": ["Which instrument is playing?", "Name the instrument.",
                    "What instrument is this?"],
-    "genre": ["Which genre is this music?", "Name the genre.", "What kind of music is this?"],
+    "genre": ["Which genre is this music?", "Name the genre.",
+              "What kind of music is this?"],
     "pitch": ["Which note is played?", "Name the note.", "What pitch is this?"],
     "drum": ["Which drum is hit?", "Name the drum."],
     "music_tagging": ["Which tags describe this music? List them.", "List the tags of this music."],
@@ -346,7 +350,10 @@ def meant_key(key: str) -> str | None:
 
 
 def check_row(row: dict, seconds, answers: bool, max_seconds) -> int:
-    """Bytes of instruction and answer; -1, or an error if `answers`: unfit for training."""
+    """Bytes of instruction and answer.
+
+    Of a row that is unfit for training -1, or with `answers` a ValueError.
+    """
     if not isinstance(seconds, (int, float)) or not 0 <= seconds < math.inf:
         raise ValueError(f"seconds is {seconds!r}; need a number")
     check_length(seconds, max_seconds)
@@ -448,11 +455,13 @@ def open_index(path: str):
 class Rows:
     """The rows of manifests and tars, or of one index of them, read when asked for.
 
-    rows[i] is row i's dictionary without nulls, rows.audio(i) its samples, rows.name(i) its
-    place. Arrays: seconds, text_bytes, task and split (numbers into tasks, splits).
+    rows[i] is row i's dictionary without nulls.
+    rows.audio(i): its samples. rows.name(i): its place, for messages.
+    Arrays: seconds, text_bytes, task, split (numbers into tasks, splits).
     split_counts: {split: rows}, those left out included.
-    answers: all must be fit for training. splits: keep only these ("train" where a row tells
-    none; an index keeps all). max_seconds: none may be longer. Raises ValueError with one
+    answers: all must be fit for training.
+    splits: keep only these; a row without is "train"; an index keeps all.
+    max_seconds: none may be longer. Raises ValueError with one
     line for each of the first ten problems.
     """
 
@@ -662,8 +671,11 @@ def cut(items, seconds, limit: float, text=None) -> list[list]:
 
 
 def held_out(rows: Rows, split: str, per_task: int, batch_seconds: float, seed=0):
-    """A fixed held-out set, [(batch number, row numbers)]: up to `per_task` rows of each task
-    (0: all), by length, at most `batch_seconds` of padded audio a batch."""
+    """A fixed held-out set: [(batch number, row numbers)].
+
+    Up to `per_task` rows of each task (0: all), by length,
+    at most `batch_seconds` of padded audio a batch.
+    """
     index, picked = rows.where(split), []
     for task in np.unique(rows.task[index]):
         members = index[rows.task[index] == task]
@@ -676,7 +688,10 @@ def held_out(rows: Rows, split: str, per_task: int, batch_seconds: float, seed=0
 
 @dataclass(frozen=True)
 class Batch:
-    """B clips and their texts. skipped: (task, message) of clips that cannot be read."""
+    """B clips and their texts.
+
+    skipped: (task, message) of each clip that cannot be read.
+    """
     audio: torch.Tensor  # (B, S) float32, zero beyond `samples`
     samples: torch.Tensor  # (B,) on the CPU
     prompts: list[list[int]]

@@ -180,7 +180,10 @@ def all_gather(thing=None) -> list:
 
 
 def together(make, *inputs):
-    """make(*inputs) on every rank; one rank's OSError or ValueError is raised on all."""
+    """make(*inputs) on every rank.
+
+    One rank's OSError or ValueError is raised on all: none waits for it.
+    """
     result = error = None
     try:
         result = make(*inputs)
@@ -262,7 +265,8 @@ def wrap(s: Settings, model: UniWhisper):
 
 
 def autocast(s: Settings):
-    return torch.autocast(s.device, PRECISIONS[s.precision], enabled=s.precision != "fp32")
+    half = s.precision != "fp32"
+    return torch.autocast(s.device, PRECISIONS[s.precision], enabled=half)
 
 
 def token_weights(batch, loss: str) -> torch.Tensor:
@@ -292,9 +296,10 @@ def find_checkpoint(s: Settings) -> Path | None:
 def save_checkpoint(s: Settings, model: UniWhisper, state: dict) -> None:
     """Rank 0 writes encoder/, adapter/, a trained decoder/ and trainer.pt: `state`.
 
-    state: the step, the settings, the held-out losses before training, the states of the
-    optimizer and the loss scaler. Seed and step decide the batches. Only a whole folder
-    gets the final name.
+    state: the step, the settings, the held-out losses before training,
+    the states of the optimizer and the loss scaler.
+    Seed and step decide the batches.
+    Only a whole folder gets the final name.
     """
     if rank() > 0:
         return
@@ -586,7 +591,8 @@ def describe(s: Settings, model: UniWhisper, rows: Rows, step: int) -> None:
         sizes.append(f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.1f} M")
     if not s.lr_decoder:
         sizes[-1] += " (frozen)"
-    used = np.concatenate([rows.where(split) for split in (*s.train_split, s.valid_split)])
+    splits = (*s.train_split, s.valid_split)
+    used = np.concatenate([rows.where(split) for split in splits])
     hours = rows.seconds[used].sum(dtype=float) / 3600
     say(f"{', '.join(sizes)}; {len(used)} clips, {hours:.2f} h, {len(rows.tasks)} "
         f"tasks; {world()} x {s.device}, {s.precision}; from step {step} to {s.steps}")
@@ -616,7 +622,10 @@ def lock(out):
 
 
 def catch_signals() -> list[int]:
-    """A list that Ctrl-C and SIGTERM are put into from here on (readers ignore Ctrl-C)."""
+    """A list that Ctrl-C and SIGTERM are put into from here on.
+
+    The processes that read audio ignore Ctrl-C.
+    """
     caught = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: caught.append(number))
@@ -662,7 +671,8 @@ def train(s: Settings, model: UniWhisper, log: Log, stream, state: dict) -> bool
         if step % s.eval_every == 0 or step == s.steps:
             report(log, model, step, state["before"])
         if save:  # after the reports: if killed before, a resumed run makes them again
-            state |= dict(step=step, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+            state |= dict(step=step, optimizer=optimizer.state_dict(),
+                          scaler=scaler.state_dict())
             together(save_checkpoint, s, model, state)
         if stop:
             return False

@@ -61,9 +61,10 @@ def mel_filters(n_mels: int, device: torch.device):
 def log_mel_spectrogram(audio, n_mels: int = 80):
     """Whisper's input: audio (B, S) -> (B, n_mels, F), F = S // 160, at least 1.
 
-    The frames are Whisper's of the clip padded with zeros to 30 s, without computing the
-    rest. The floor lies 8 (log10) below the clip's own maximum: neither more zeros nor a
-    loud clip in the same batch changes a frame.
+    The frames are Whisper's of the clip padded with zeros to 30 s,
+    without computing the rest. The floor lies 8 (log10) below the
+    clip's own maximum: neither more zeros nor a loud clip in the
+    same batch changes a frame.
     """
     frames = max(1, audio.shape[-1] // HOP)
     # One window of zeros stands for all; a clip of 30 s is mirrored there, as in Whisper.
@@ -398,7 +399,10 @@ class WhisperEncoder(nn.Module):
 
 
 def load_encoder(folder) -> WhisperEncoder:
-    """The encoder of a folder. For another kind, choose its class here by model_type."""
+    """The encoder of a folder.
+
+    For another kind, choose its class here by model_type.
+    """
     return WhisperEncoder.from_pretrained(folder)
 
 
@@ -950,7 +954,10 @@ def load_decoder(folder, dtype: torch.dtype = torch.float32) -> Decoder:
 # ---------------------------------------------------------------- the joint model
 
 def new_adapter(encoder, decoder, stack: int) -> nn.Module:
-    """A new adapter, whose output has the scale that the decoder is used to; none at 0."""
+    """A new adapter; its output has the scale that the decoder is used to.
+
+    stack 0: no adapter.
+    """
     if stack == 0 and encoder.width == decoder.width:
         return NoAdapter()
     if stack == 0:
@@ -962,9 +969,10 @@ def new_adapter(encoder, decoder, stack: int) -> nn.Module:
 class UniWhisper(nn.Module):
     """Encoder and adapter, trained through a frozen decoder (paper, section 2).
 
-    Only the answers' tokens carry loss. An encoder has sample_rate, width, token_seconds,
-    encode and save; a decoder is a Decoder with answer_states and generate, and its
-    tokenizer has prompt, answer and decode.
+    Only the answers' tokens carry loss.
+    An encoder has sample_rate, width, token_seconds, encode and save.
+    A decoder is a Decoder with answer_states and generate.
+    Its tokenizer has prompt, answer and decode.
     """
 
     def __init__(self, encoder, adapter: nn.Module, decoder):
@@ -1047,9 +1055,10 @@ def decoder_folder(settings: dict, checkpoint: Path) -> Path:
 
 
 def export_run(folder, beside, settings: dict, encoder, decoder=None) -> None:
-    """Write a run's encoder as a Hugging Face folder; a trained decoder goes to `beside`.
+    """Write a run's encoder as a Hugging Face folder.
 
-    Whisper's decoder, where no adapter stood between, also takes the old one's place.
+    A trained decoder goes to `beside`. Whisper's own, where no adapter
+    stood between, also takes the old one's place in the folder.
     """
     source = settings["encoder"]
     if decoder is not None:
