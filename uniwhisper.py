@@ -1106,7 +1106,7 @@ def refuse_to_overwrite(target, *inputs) -> None:
 
 @torch.inference_mode()
 def encode(args) -> None:
-    """Features of audio files and of manifests' clips -> one file."""
+    """Features of clips -> one file."""
     from data import AudioError, Rows, read_audio  # used here alone
 
     weights = Path(args.encoder, "model.safetensors")
@@ -1151,7 +1151,7 @@ def ask(args) -> None:
 
 @torch.inference_mode()
 def transcribe(args) -> None:
-    """Whisper's own transcripts, to the console."""
+    """Print Whisper's transcripts."""
     from data import AudioError, read_audio
 
     encoder, decoder = load_encoder(args.encoder).eval(), load_decoder(args.encoder)
@@ -1195,7 +1195,7 @@ def transcribe_window(encoder, decoder, audio, language: str = ""):
 
 @torch.no_grad()
 def export(args) -> None:
-    """A run's encoder as a folder, blended with its start."""
+    """A run's encoder as a folder."""
     settings, newest = open_run(args.run)
     beside = Path(args.folder, "decoder")
     source, trained = settings["encoder"], newest / "encoder"
