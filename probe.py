@@ -35,8 +35,8 @@ from torch.nn.utils.rnn import pad_sequence
 import data
 import uniwhisper
 from data import AudioError, Rows
-from uniwhisper import (UniWhisper, flag, load_decoder, load_encoder, new_adapter, parse_flags,
-                        refuse_to_overwrite)
+from uniwhisper import (UniWhisper, flag, load_decoder, load_encoder, mean_over_tokens,
+                        new_adapter, parse_flags, refuse_to_overwrite, token_mask)
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 TOKENS_PER_CLIP = 500  # in a batch of a probe on tokens
@@ -635,12 +635,11 @@ def _encode(encoder, audios, on_tokens, s):
     x = x.float()  # (B, T, D), zero beyond lengths
     if on_tokens:
         return [tokens[:n].half().cpu() for tokens, n in zip(x, lengths.tolist())]
-    count = lengths[:, None].to(device)  # (B, 1)
-    pooled = x.sum(1) / count  # (B, D)
+    lengths = lengths.to(device)
+    pooled = mean_over_tokens(x, lengths)  # (B, D)
     if s.pool == "mean+std":
-        real = torch.arange(x.shape[1], device=device) < count  # (B, T)
-        deviation = (x - pooled[:, None]).masked_fill(~real[:, :, None], 0)
-        spread = (deviation.square().sum(1) / count).sqrt()
+        deviation = (x - pooled[:, None]) * token_mask(lengths)[:, :, None]
+        spread = mean_over_tokens(deviation.square(), lengths).sqrt()
         pooled = torch.cat([pooled, spread], 1)  # (B, 2 D)
     return list(pooled.cpu().split(1))
 

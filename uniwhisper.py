@@ -10,6 +10,7 @@ A audio tokens after the adapter, L decoder positions, N answer tokens of a batc
 H heads, D width, V vocabulary.
 """
 import argparse
+import importlib.util
 import json
 import math
 import shutil
@@ -27,7 +28,11 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from adapter import NoAdapter, StackAdapter
+# By its path: a benchmark may have an `adapter` of its own where Python looks first.
+spec = importlib.util.spec_from_file_location("uniwhisper_adapter",
+                                              Path(__file__).with_name("adapter.py"))
+adapters = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(adapters)
 
 SAMPLE_RATE = 16_000
 N_FFT = 400  # samples: windows of 25 ms
@@ -36,6 +41,7 @@ TOKEN = 2 * HOP  # samples: an encoder token every 20 ms
 CHUNK = 30 * SAMPLE_RATE  # samples: the 30 s that Whisper pads every clip to
 # In a config.json: transformers 5 calls it dtype, 4 torch_dtype.
 FLOAT32 = {"dtype": "float32", "torch_dtype": "float32"}
+SECONDS_AT_ONCE = 240  # audio seconds that an encoder takes at one time, without a gradient
 RUNAWAY = 32  # tokens: this many of 1 to 8 over and over are no speech
 LOGITS_AT_ONCE = 1024  # answer tokens with logits (N, V) at one time
 
@@ -203,6 +209,88 @@ def run_layer(layer, recompute: bool, *inputs):
     return layer(*inputs)
 
 
+# ---------------------------------------------------------------- what encoders share
+
+def token_mask(lengths, tokens=None):
+    """lengths (B,) -> which of `tokens` (None: of the longest) are real: (B, T) bool."""
+    tokens = int(lengths.max()) if tokens is None else tokens
+    return torch.arange(tokens, device=lengths.device) < lengths[:, None]
+
+
+def mean_over_tokens(features, lengths):
+    """features (B, T, D), zero beyond lengths (B,) -> (B, D), float32."""
+    return features.float().sum(1) / lengths[:, None].to(features.device)
+
+
+def check_audio(audio, samples):
+    """Audio (B, S), or one clip (S,), of floats -> float32 (B, S), samples (B,) on the CPU.
+
+    samples None: all of it. Raises ValueError.
+    """
+    if not audio.is_floating_point():
+        raise ValueError(f"audio is {audio.dtype}; need floats from -1 to 1")
+    if audio.dim() == 1:
+        audio = audio[None]
+    if audio.dim() != 2:
+        raise ValueError(f"audio has shape {tuple(audio.shape)}; need (B, S), or (S,)")
+    if samples is None:
+        samples = torch.full((len(audio),), audio.shape[1])
+    return audio.float(), samples.cpu()
+
+
+class Encoder(nn.Module):
+    """Audio of any length -> features, window by window.
+
+    A subclass has sample_rate, width, token_samples (of a token), window (tokens),
+    lengths(samples) -> tokens, and encode_window.
+    """
+
+    @property
+    def token_seconds(self) -> float:
+        return self.token_samples / self.sample_rate
+
+    def encode(self, audio, samples=None, pad_to_window: bool = False):
+        """audio (B, S), zero beyond samples (B,) -> (features (B, T, D), lengths (B,)).
+
+        Features are 0 beyond `lengths` (tokens, on the CPU). One clip may be (S,);
+        samples None: all of S. A clip longer than a window (Whisper's: 30 s) is encoded
+        in windows, each by itself; their tokens are joined. If audio ends before
+        `samples`, zeros are appended. pad_to_window: attention also sees silence up to the
+        window's end, as in Whisper's training; the features are the clip's own tokens.
+        # assumption: the paper does not say whether it pads to 30 s.
+        """
+        audio, samples = check_audio(audio, samples)
+        lengths = self.lengths(samples)  # (B,)
+        seen = lengths  # tokens that attention sees
+        if pad_to_window:
+            windows = (lengths + self.window - 1) // self.window
+            seen = windows * self.window
+        features = None
+        for first in range(0, int(seen.max()), self.window):
+            end = first + self.window
+            for clips in self.pieces((seen > first).nonzero()[:, 0]):
+                index = clips.to(audio.device)
+                piece = audio[index, first * self.token_samples : end * self.token_samples]
+                x = self.encode_window(piece, (seen[clips] - first).clamp(max=self.window))
+                if features is None:
+                    features = x.new_zeros(len(audio), int(seen.max()), self.width)
+                features[:, first : first + x.shape[1]].index_copy_(0, index, x)
+        features = features[:, : int(lengths.max())]
+        if pad_to_window:
+            features = features * token_mask(lengths)[:, :, None].to(features.device)
+        return features, lengths
+
+    def pieces(self, clips):
+        """Clips of a window, as many at one time as memory is meant for."""
+        if torch.is_grad_enabled():  # backward needs all of them
+            return [clips]
+        return clips.split(max(1, int(SECONDS_AT_ONCE / self.token_seconds / self.window)))
+
+    def pooled(self, audio, samples=None, pad_to_window: bool = False):
+        """The mean over each clip's real tokens: (B, D), float32; inputs as above."""
+        return mean_over_tokens(*self.encode(audio, samples, pad_to_window))
+
+
 # ---------------------------------------------------------------- Whisper's encoder
 
 ENCODER_SIZES = ("d_model", "encoder_attention_heads", "encoder_layers", "encoder_ffn_dim",
@@ -263,14 +351,14 @@ class WhisperLayer(nn.Module):
         return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
 
 
-class WhisperEncoder(nn.Module):
+class WhisperEncoder(Encoder):
     """Whisper's encoder, tiny to large-v3-turbo, with Hugging Face's parameter names.
 
     config: a Whisper config.json. The sinusoidal positions never train.
     """
 
-    sample_rate = SAMPLE_RATE
-    token_seconds = TOKEN / SAMPLE_RATE
+    sample_rate, token_samples = SAMPLE_RATE, TOKEN
+    lengths = staticmethod(encoder_lengths)
 
     def __init__(self, config: dict):
         super().__init__()
@@ -321,7 +409,7 @@ class WhisperEncoder(nn.Module):
             raise ValueError(f"mel has {mel.shape[-1]} frames; at most {2 * self.window} fit")
         real = mask = None
         if lengths is not None and bool((lengths < tokens).any()):
-            real = torch.arange(tokens) < lengths.cpu()[:, None]  # (B, T)
+            real = token_mask(lengths.cpu(), tokens)  # (B, T)
             real = real.to(mel.device, non_blocking=True)
             mask = real[:, None, None, :]  # (B, 1, 1, T): hides padding
             # conv1 sees one frame beyond a clip's end: it must be zero there, too.
@@ -334,37 +422,9 @@ class WhisperEncoder(nn.Module):
         x = self.layer_norm(x)
         return x if real is None else x * real[:, :, None]
 
-    def encode(self, audio, samples, pad_to_window: bool = False):
-        """audio (B, S), zero beyond samples (B,) -> (features (B, T, D), lengths (B,)).
-
-        Features are 0 beyond `lengths` (tokens, on the CPU). A clip over 30 s is encoded
-        in windows of 30 s, each by itself; their tokens are joined. If audio ends before
-        `samples`, zeros are appended. pad_to_window: attention also sees silence up to the
-        window's end, as in Whisper's training; the features are the clip's own tokens.
-        # assumption: the paper does not say whether it pads to 30 s.
-        """
-        lengths = encoder_lengths(samples.cpu())  # (B,)
-        seen = lengths  # tokens that attention sees
-        if pad_to_window:
-            windows = (lengths + self.window - 1) // self.window
-            seen = windows * self.window
-        parts = []
-        for first in range(0, int(seen.max()), self.window):
-            clips = (seen > first).nonzero()[:, 0]  # those that reach into this window
-            piece = audio[clips.to(audio.device), first * TOKEN :]
-            x = self.encode_window(piece, (seen[clips] - first).clamp(max=self.window))
-            part = x.new_zeros(len(audio), *x.shape[1:])  # (B, T of this window, D)
-            parts.append(part.index_copy(0, clips.to(x.device), x))
-        features = torch.cat(parts, 1)[:, : int(lengths.max())]
-        if pad_to_window:
-            real = torch.arange(features.shape[1]) < lengths[:, None]
-            features = features * real[:, :, None].to(features.device)
-        return features, lengths
-
     def encode_window(self, audio, lengths):
-        """The first of audio (B, S), lengths (B,) tokens of it -> (B, T, D)."""
+        """audio (B, S) of one window, lengths (B,) in tokens -> (B, T, D)."""
         tokens = int(lengths.max())
-        audio = audio[:, : self.window * TOKEN]
         audio = F.pad(audio, (0, max(0, tokens * TOKEN - audio.shape[1])))
         mel = log_mel_spectrogram(audio, self.n_mels)
         return self(mel[:, :, : 2 * tokens], lengths)
@@ -756,7 +816,7 @@ class QwenDecoder(Decoder):
     def embed(self, chats: list[list[int]], audio, lengths):
         """Ids -> (B, L, D), padded on the right; audio at the placeholders."""
         ids = pad_ids(chats)  # (B, L)
-        real = torch.arange(audio.shape[1]) < lengths[:, None]  # (B, A)
+        real = token_mask(lengths, audio.shape[1])  # (B, A)
         embeds = self.embed_tokens(ids.clamp(min=0).to(audio.device, non_blocking=True))
         # Both masks are made on the CPU, so nothing waits for the device.
         embeds[ids == self.AUDIO] = audio[real].to(embeds.dtype)
@@ -880,7 +940,7 @@ class WhisperDecoder(Decoder):
 
     def hear(self, audio, lengths):
         """audio (B, A, D) -> each layer's keys and values; which tokens are real."""
-        real = torch.arange(audio.shape[1]) < lengths[:, None]  # (B, A)
+        real = token_mask(lengths, audio.shape[1])  # (B, A)
         mask = None
         if not real.all():
             mask = real[:, None, None, :].to(audio.device, non_blocking=True)
@@ -959,11 +1019,11 @@ def new_adapter(encoder, decoder, stack: int) -> nn.Module:
     stack 0: no adapter.
     """
     if stack == 0 and encoder.width == decoder.width:
-        return NoAdapter()
+        return adapters.NoAdapter()
     if stack == 0:
         raise ValueError(f"stack is 0, no adapter, but the encoder is {encoder.width} wide "
                          f"and the decoder {decoder.width}; use 1 or more")
-    return StackAdapter(encoder.width, decoder.width, stack, decoder.audio_rms())
+    return adapters.StackAdapter(encoder.width, decoder.width, stack, decoder.audio_rms())
 
 
 class UniWhisper(nn.Module):
@@ -1127,8 +1187,8 @@ def encode(args) -> None:
         except AudioError as e:
             skipped.append(f"skipped: {e}")
             continue
-        x = encoder.encode(audio[None], torch.tensor([len(audio)]))[0][0]  # (T, D)
-        features[name] = (x.mean(0) if args.pool else x).contiguous()
+        x = encoder.pooled(audio) if args.pool else encoder.encode(audio)[0]
+        features[name] = x[0].contiguous()  # (D,) or (T, D)
         print(f"{name}: {tuple(features[name].shape)}")
     if features:
         Path(args.out).parent.mkdir(parents=True, exist_ok=True)

@@ -17,7 +17,7 @@ import uniwhisper
 from conftest import (RATE, VOCABULARY, assert_one_line, joint_model, make_qwen, make_tokenizer, noise, tone, write_clip,
                       write_manifest)
 from uniwhisper import (ChatTokenizer, QwenDecoder, WhisperDecoder, WhisperEncoder, encoder_lengths, load_decoder,
-                        load_encoder, load_run, log_mel_spectrogram, newest_checkpoint)
+                        load_encoder, load_run, log_mel_spectrogram, newest_checkpoint, token_mask)
 
 WINDOW = 30 * RATE
 transformers = pytest.importorskip("transformers")
@@ -190,6 +190,80 @@ def test_an_encoder_with_fewer_positions_has_shorter_windows(whisper, tmp_path):
         parts = [encoder.encode(p, torch.tensor([p.shape[1]]))[0] for p in audio.split(10 * RATE, 1)]
     assert lengths.tolist() == [600]
     assert_close(features, torch.cat(parts, 1), 1e-5)
+
+
+def test_clips_or_a_clip_of_any_float_type_are_encoded(whisper):
+    encoder, audio = load_encoder(whisper[0]).eval(), noise(RATE)[None]
+    with torch.no_grad():
+        expected, lengths = encoder.encode(audio, torch.tensor([RATE]))
+        for same in (audio, audio[0], audio.double()):
+            features, tokens = encoder.encode(same)
+            assert torch.equal(features, expected) and tokens.equal(lengths)
+        half = encoder.encode(audio.half(), torch.tensor([RATE]))[0]
+        assert half.dtype == torch.float32 and torch.equal(half, encoder.encode(audio.half().float())[0])
+    for bad, says in (((audio * 32767).short(), "audio is torch.int16; need floats from -1 to 1"),
+                      (audio[None], r"audio has shape \(1, 1, 16000\); need \(B, S\), or \(S,\)")):
+        with pytest.raises(ValueError, match=says):
+            encoder.encode(bad)
+
+
+def test_pooled_features_are_the_mean_over_real_tokens(whisper):
+    encoder, samples = load_encoder(whisper[0]).eval(), torch.tensor([9_000, 33_000])
+    audio = torch.stack((F.pad(noise(9_000), (0, 24_000)), noise(33_000)))
+    real = token_mask(encoder_lengths(samples))
+    assert real.shape == (2, 103) and real.sum(1).tolist() == [28, 103] and real[0, :28].all()
+    assert token_mask(torch.tensor([1, 0]), 2).tolist() == [[True, False], [False, False]]
+    with torch.no_grad():
+        for padded in (False, True):
+            features, _ = encoder.encode(audio, samples, padded)
+            pooled = encoder.pooled(audio, samples, padded)
+            for clip in range(2):
+                assert_close(pooled[clip], features[clip, real[clip]].mean(0), 1e-6)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert encoder.pooled(audio[0, :9_000]).dtype == torch.float32
+
+
+def test_without_a_gradient_clips_pass_a_few_at_a_time(whisper, monkeypatch):
+    encoder, samples = load_encoder(whisper[0]).eval(), torch.tensor([WINDOW + 9_000, 16_000, 9_000, WINDOW + 320])
+    audio, calls = torch.zeros(4, WINDOW + 9_000), []
+    for clip, n in zip(audio, samples.tolist()):
+        clip[:n] = noise(n, seed=n)
+    encode_window = encoder.encode_window
+
+    def counted(audio, lengths):
+        assert audio.shape[1] <= WINDOW
+        calls.append(len(audio))
+        return encode_window(audio, lengths)
+
+    monkeypatch.setattr(encoder, "encode_window", counted)
+    whole, lengths = encoder.encode(audio, samples)
+    assert calls == [4, 2] and whole.requires_grad
+    for seconds, expected in ((90, [3, 1, 2]), (1, [1] * 6)):
+        calls.clear()
+        monkeypatch.setattr(uniwhisper, "SECONDS_AT_ONCE", seconds)
+        with torch.no_grad():
+            features, tokens = encoder.encode(audio, samples)
+        assert calls == expected and tokens.equal(lengths)
+        assert_close(features, whole.detach(), 1e-5)
+
+
+def test_the_module_works_beside_others_of_the_same_names(whisper, tmp_path):
+    for name in ("adapter", "data"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('not this one')")
+    code = f"""
+import sys
+sys.path[:0] = [{str(tmp_path)!r}]
+sys.path.append({str(Path(uniwhisper.__file__).parent)!r})
+sys.modules["adapter"] = sys
+import torch
+from uniwhisper import load_encoder, new_adapter
+encoder = load_encoder({str(whisper[0])!r})
+encoder.audio_rms = lambda: 1.0
+features, _ = encoder.encode(torch.zeros(16000))
+print(new_adapter(encoder, encoder, 4)(features).shape, "data" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True)
+    assert done.stdout == "torch.Size([1, 13, 48]) False\n", done.stderr
 
 
 def test_too_many_frames_or_layers_are_refused(whisper):
