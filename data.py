@@ -27,7 +27,8 @@ import soundfile as sf
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-# What to ask when a row has no instruction of its own, by task; extend at will.
+# What to ask when a row has no instruction of its own, by task; extend at will. TRANSLATIONS,
+# at this file's end, asks in other languages.
 # assumption: the paper gives no wording.
 TEMPLATES = {
     "transcribe": ["Transcribe the speech.", "What is said?",
@@ -106,9 +107,10 @@ def read_bytes(path, at: int = 0, size: int = -1) -> bytes:
             time.sleep(wait)
 
 
-def read_audio(source, sample_rate=16_000, max_seconds=None, name=None, silence=False):
-    """A file's path or its bytes -> (S,) float32 at `sample_rate`, channels averaged.
-    Raises AudioError: unreadable, cut, too long, not finite, all zero (unless `silence`)."""
+def read_audio(source, sample_rate=None, max_seconds=None, name=None, silence=False):
+    """A file's path or its bytes -> (S,) float32, channels averaged.
+    sample_rate: of the result (None: the file's own). Raises AudioError: unreadable, cut,
+    too long, not finite, all zero (unless `silence`)."""
     if not isinstance(source, bytes):
         name, source = name or source, read_bytes(source)
     try:
@@ -125,7 +127,7 @@ def read_audio(source, sample_rate=16_000, max_seconds=None, name=None, silence=
         power = [np.dot(channel, channel) for channel in samples.T]
         if np.dot(mono, mono) < 0.01 * max(power):  # the channels cancel: take the loudest
             mono = samples[:, np.argmax(power)].copy()
-        return resample(torch.from_numpy(mono), rate, sample_rate)
+        return resample(torch.from_numpy(mono), rate, sample_rate or rate)
     except AudioError as e:
         fault = e
     except Exception as e:  # libsndfile and soundfile raise many kinds
@@ -229,7 +231,7 @@ def sinc_kernel(old: int, new: int, zeros: int = 64, attenuation: float = 80.0):
     return kernel.float(), reach
 
 
-def resample(audio: torch.Tensor, rate: int, new_rate: int = 16_000) -> torch.Tensor:
+def resample(audio: torch.Tensor, rate: int, new_rate: int) -> torch.Tensor:
     """Band-limited windowed sinc: (..., S) at `rate` -> (..., ceil(S * new_rate / rate))."""
     if rate == new_rate:
         return audio
@@ -510,8 +512,8 @@ class Rows:
             return path, at, int(place["audio_size"])
         return os.path.join(os.path.dirname(path), (row or self[i])["audio"]), 0, -1
 
-    def read(self, i: int, sample_rate=16_000, max_seconds=None):
-        """Row i and its samples (S,), float32. Raises AudioError."""
+    def read(self, i: int, sample_rate=None, max_seconds=None):
+        """Row i and its samples (S,), float32; see `read_audio`. Raises AudioError."""
         try:
             row = self[i]
             raw = read_bytes(*self.clip(i, row))
@@ -520,7 +522,7 @@ class Rows:
         except AudioError as e:
             raise AudioError(f"{self.name(i)}: {e}") from None
 
-    def audio(self, i: int, sample_rate=16_000, max_seconds=None) -> torch.Tensor:
+    def audio(self, i: int, sample_rate=None, max_seconds=None) -> torch.Tensor:
         return self.read(i, sample_rate, max_seconds)[1]
 
     def name(self, i: int) -> str:
@@ -572,8 +574,9 @@ POOL = 64  # batches
 JITTER = 0.1
 SHORTEST = 0.1  # seconds that a shorter clip, or one of unknown length, counts
 # A batch costs its rows times (longest audio + longest text), for both are padded. Text is
-# counted as 4 bytes a token, with 15 tokens for the prompt, and a token as 0.08 s of audio.
-TOKEN_SECONDS = 0.08
+# counted as 4 bytes a token, with 15 tokens for the prompt. A token's cost is a guess, the
+# same for all encoders: that of 0.08 s of audio.
+TEXT_TOKEN_COST = 0.08
 PASS_ORDER, POOL_ORDER, HELD_OUT_ORDER = 1, 2, 3  # parts of seeds
 
 
@@ -637,7 +640,7 @@ def next_rows(members, first: int, end: int, seed: tuple) -> np.ndarray:
 def even_batches(rows: Rows, picked, draw) -> list[list[int]]:
     """A pool's rows -> POOL batches, of like length and cost, in random order."""
     seconds = np.maximum(rows.seconds[picked], SHORTEST)
-    text = TOKEN_SECONDS * (15 + np.maximum(rows.text_bytes[picked], 0) / 4)
+    text = TEXT_TOKEN_COST * (15 + np.maximum(rows.text_bytes[picked], 0) / 4)
     noise = draw.uniform(1 - JITTER, 1 + JITTER, len(picked))
     order = np.argsort(seconds * noise + text, kind="stable")
     picked, seconds, text = (x[order].tolist() for x in (picked, seconds, text))
@@ -700,6 +703,7 @@ class Batch:
     rows: list[int]
     instructions: list[str]  # the prompts' texts
     texts: list[str]  # the answers'
+    languages: list[str]  # of what is said, where the rows tell; else ""
     skipped: list[tuple[str, str]]
 
     @property
@@ -726,11 +730,14 @@ class Batch:
 
 class Batches(Dataset):
     """(batch number, row numbers) -> Batch: reads, draws instructions, tokenises.
-    tokenizer: has prompt(instruction) -> ids and answer(text) -> ids."""
+    tokenizer: has prompt(instruction) -> ids and answer(text) -> ids.
+    languages: codes in TRANSLATIONS, to ask in beside English."""
 
-    def __init__(self, rows: Rows, tokenizer, seed=0, max_seconds=None, sample_rate=16_000):
+    def __init__(self, rows: Rows, tokenizer, sample_rate, seed=0, max_seconds=None,
+                 languages=()):
         self.rows, self.tokenizer, self.seed = rows, tokenizer, seed
-        self.max_seconds, self.sample_rate = max_seconds, sample_rate
+        self.sample_rate, self.max_seconds = sample_rate, max_seconds
+        self.languages = languages
 
     def __getitem__(self, spec) -> Batch:
         batch_number, wanted = spec
@@ -753,13 +760,22 @@ class Batches(Dataset):
         texts = [row["answer"].strip() for row in rows]
         instructions = []
         for row, task in zip(rows, tasks):
-            instructions.append(row.get("instruction") or draw.choice(TEMPLATES[task]))
+            instructions.append(self._instruction(row, task, draw))
         return Batch(
             audio=torch.nn.utils.rnn.pad_sequence(audio, batch_first=True),
             samples=torch.tensor([len(clip) for clip in audio]),
             prompts=[self.tokenizer.prompt(text) for text in instructions],
             answers=[self.tokenizer.answer(text) for text in texts], tasks=tasks,
-            rows=list(numbers), instructions=instructions, texts=texts, skipped=skipped)
+            rows=list(numbers), instructions=instructions, texts=texts,
+            languages=[row.get("language", "") for row in rows], skipped=skipped)
+
+    def _instruction(self, row: dict, task: str, draw: random.Random) -> str:
+        # Without other languages nothing is drawn here: batches are what they always were.
+        if self.languages:
+            language = draw.choice(("en", *self.languages))
+            if task in TRANSLATIONS.get(language, ()):
+                return TRANSLATIONS[language][task]
+        return row.get("instruction") or draw.choice(TEMPLATES[task])
 
     def _read(self, i: int, clips: list, skipped: list) -> None:
         try:
@@ -781,6 +797,159 @@ def loader(batches: Batches, specs, workers: int, pin_memory=False):
     how = dict(multiprocessing_context="fork", prefetch_factor=4) if workers else {}
     return DataLoader(batches, batch_size=None, sampler=specs, num_workers=workers,
                       pin_memory=pin_memory, worker_init_fn=set_worker_signals, **how)
+
+
+# ---------------------------------------------------------------- other languages
+
+# How to ask in other languages than English, by code and task. A task that is not here, as
+# "question", whose rows bring each their own, is asked in English alone; answers stay as they are.
+TRANSLATIONS = {
+    "de": {
+        "transcribe": "Schreib auf, was gesagt wird.",
+        "translate": "Übersetze das Gesprochene ins Englische.",
+        "language": "Welche Sprache wird gesprochen?",
+        "accent": "Mit welchem Akzent wird gesprochen?",
+        "emotion": "Welches Gefühl drückt die Stimme aus?",
+        "speaker": "Wer spricht?",
+        "voice": "Welche Stimme spricht hier?",
+        "gender": "Spricht ein Mann oder eine Frau?",
+        "age": "Wie alt ist die Person, die spricht?",
+        "keyword": "Welches Schlüsselwort wird gesprochen?",
+        "command": "Welches Wort wird gesprochen?",
+        "intent": "Was möchte die Person, die spricht?",
+        "count": "Wie viele sind es?",
+        "speaker_count": "Wie viele Personen sprechen?",
+        "spoof": "Ist die Stimme echt oder künstlich?",
+        "vocal_sound": "Welchen Laut gibt die Person von sich?",
+        "sound_event": "Was ist zu hören?",
+        "game_sound": "Was macht dieses Geräusch?",
+        "scene": "Wo wurde das aufgenommen?",
+        "tagging": "Welche Klänge sind zu hören? Zähle sie auf.",
+        "caption": "Beschreibe, was zu hören ist.",
+        "instrument": "Welches Instrument spielt?",
+        "genre": "Welche Musikrichtung ist das?",
+        "pitch": "Welcher Ton wird gespielt?",
+        "drum": "Welches Schlaginstrument ist zu hören?",
+        "music_tagging": "Welche Schlagwörter passen zu dieser Musik?",
+        "music_caption": "Beschreibe die Musik.",
+    },
+    "fr": {
+        "transcribe": "Écris ce qui est dit.",
+        "translate": "Traduis en anglais ce qui est dit.",
+        "language": "Quelle langue est parlée ?",
+        "accent": "Quel accent a la personne qui parle ?",
+        "emotion": "Quelle émotion la voix exprime-t-elle ?",
+        "speaker": "Qui parle ?",
+        "voice": "Quelle voix entend-on ?",
+        "gender": "Est-ce un homme ou une femme qui parle ?",
+        "age": "Quel âge a la personne qui parle ?",
+        "keyword": "Quel mot-clé est prononcé ?",
+        "command": "Quel mot est prononcé ?",
+        "intent": "Que veut la personne qui parle ?",
+        "count": "Combien y en a-t-il ?",
+        "speaker_count": "Combien de personnes parlent ?",
+        "spoof": "La voix est-elle réelle ou synthétique ?",
+        "vocal_sound": "Quel bruit cette personne fait-elle ?",
+        "sound_event": "Quel son entend-on ?",
+        "game_sound": "Qu'est-ce qui produit ce son ?",
+        "scene": "Où cela a-t-il été enregistré ?",
+        "tagging": "Quels sons entend-on ? Énumère-les.",
+        "caption": "Décris ce que l'on entend.",
+        "instrument": "Quel instrument entend-on ?",
+        "genre": "Quel est le genre de cette musique ?",
+        "pitch": "Quelle note est jouée ?",
+        "drum": "Quelle percussion entend-on ?",
+        "music_tagging": "Quels mots-clés décrivent cette musique ?",
+        "music_caption": "Décris la musique.",
+    },
+    "es": {
+        "transcribe": "Escribe lo que se dice.",
+        "translate": "Traduce al inglés lo que se dice.",
+        "language": "¿Qué idioma se habla?",
+        "accent": "¿Qué acento tiene quien habla?",
+        "emotion": "¿Qué emoción expresa la voz?",
+        "speaker": "¿Quién habla?",
+        "voice": "¿Qué voz se oye?",
+        "gender": "¿Habla un hombre o una mujer?",
+        "age": "¿Qué edad tiene quien habla?",
+        "keyword": "¿Qué palabra clave se dice?",
+        "command": "¿Qué palabra se dice?",
+        "intent": "¿Qué quiere quien habla?",
+        "count": "¿Cuántos hay?",
+        "speaker_count": "¿Cuántas personas hablan?",
+        "spoof": "¿La voz es real o sintética?",
+        "vocal_sound": "¿Qué sonido hace la persona?",
+        "sound_event": "¿Qué se oye?",
+        "game_sound": "¿Qué produce este sonido?",
+        "scene": "¿Dónde se grabó esto?",
+        "tagging": "¿Qué sonidos se oyen? Enuméralos.",
+        "caption": "Describe lo que se oye.",
+        "instrument": "¿Qué instrumento suena?",
+        "genre": "¿De qué género es esta música?",
+        "pitch": "¿Qué nota suena?",
+        "drum": "¿Qué instrumento de percusión suena?",
+        "music_tagging": "¿Qué etiquetas describen esta música?",
+        "music_caption": "Describe la música.",
+    },
+    "ru": {
+        "transcribe": "Запиши произнесённые слова.",
+        "translate": "Переведи сказанное на английский.",
+        "language": "На каком языке говорят?",
+        "accent": "С каким акцентом говорит человек?",
+        "emotion": "Какую эмоцию выражает голос?",
+        "speaker": "Кто говорит?",
+        "voice": "Чей это голос?",
+        "gender": "Говорит мужчина или женщина?",
+        "age": "Сколько лет говорящему?",
+        "keyword": "Какое ключевое слово произнесено?",
+        "command": "Какое слово произнесено?",
+        "intent": "Чего хочет говорящий?",
+        "count": "Сколько их?",
+        "speaker_count": "Сколько человек говорит?",
+        "spoof": "Этот голос настоящий или синтезированный?",
+        "vocal_sound": "Какой звук издаёт человек?",
+        "sound_event": "Что слышно?",
+        "game_sound": "Что издаёт этот звук?",
+        "scene": "Где сделана эта запись?",
+        "tagging": "Какие звуки слышны? Перечисли их.",
+        "caption": "Опиши, что слышно.",
+        "instrument": "Какой инструмент играет?",
+        "genre": "К какому жанру относится эта музыка?",
+        "pitch": "Какая нота звучит?",
+        "drum": "Какой ударный инструмент звучит?",
+        "music_tagging": "Какие теги подходят к этой музыке?",
+        "music_caption": "Опиши эту музыку.",
+    },
+    "zh": {
+        "transcribe": "请写下说话的内容。",
+        "translate": "请把说话的内容翻译成英语。",
+        "language": "说的是哪种语言？",
+        "accent": "说话人带有什么口音？",
+        "emotion": "说话人流露出什么情绪？",
+        "speaker": "是谁在说话？",
+        "voice": "这是谁的声音？",
+        "gender": "说话的是男性还是女性？",
+        "age": "说话人多大年纪？",
+        "keyword": "说的是哪个关键词？",
+        "command": "说的是哪个词？",
+        "intent": "说话人想做什么？",
+        "count": "一共有多少个？",
+        "speaker_count": "有几个人在说话？",
+        "spoof": "这个声音是真人的还是合成的？",
+        "vocal_sound": "这个人发出了什么声音？",
+        "sound_event": "听到的是什么声音？",
+        "game_sound": "这个声音是什么发出的？",
+        "scene": "这是在哪里录制的？",
+        "tagging": "能听到哪些声音？请一一列出。",
+        "caption": "请描述这段音频。",
+        "instrument": "演奏的是什么乐器？",
+        "genre": "这是什么类型的音乐？",
+        "pitch": "演奏的是哪个音？",
+        "drum": "敲的是哪种打击乐器？",
+        "music_tagging": "哪些标签适合这段音乐？",
+        "music_caption": "请描述这段音乐。",
+    },
+}
 
 
 # ---------------------------------------------------------------- command line

@@ -35,11 +35,13 @@ from torch.nn.utils.rnn import pad_sequence
 import data
 import uniwhisper
 from data import AudioError, Rows
-from uniwhisper import (UniWhisper, flag, load_decoder, load_encoder, mean_over_tokens,
-                        new_adapter, parse_flags, refuse_to_overwrite, token_mask)
+from uniwhisper import (UniWhisper, flag, load_decoder, load_encoder,
+                        mean_over_tokens, new_adapter, parse_flags,
+                        refuse_to_overwrite, token_mask)
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-TOKENS_PER_CLIP = 500  # in a batch of a probe on tokens
+CLIP_SECONDS = 10  # stand for a clip in a batch of a probe on tokens
+FRAME_SECONDS = 0.02  # coarser tokens are repeated in tasks on events
 MOST_TOKENS = 200  # of a transcript
 
 
@@ -167,7 +169,7 @@ def one_minus_eer(scores, truth):
     return 1 - equal_error_rate(scores[:, 1] - scores[:, 0], truth)
 
 
-def segment_f1(scores, truth, owner, seconds, average, token_seconds=0.02):
+def segment_f1(scores, truth, owner, seconds, average, token_seconds):
     """F1 of segments: scores, truth (N, C) of tokens; owner (N,) ascending."""
     # A segment has a class if any of its tokens has it (score > 0). micro: counts are
     # pooled; macro: mean over all classes, 0 for one that never occurs.
@@ -598,7 +600,7 @@ def hold_out(task, say):
     say(f"note: {task.name}: the epoch is chosen on {len(held)} clips held out of train")
 
 
-def targets(task, owner, token_seconds=0.02):
+def targets(task, owner, token_seconds):
     """Truth of vectors, owner (N,) ascending: (N,) classes, or (N, C) bool."""
     ids = {name: i for i, name in enumerate(task.classes)}
     if task.spec.metric in ("accuracy", "1 - EER"):
@@ -631,7 +633,7 @@ def _encode(encoder, audios, on_tokens, s):
     samples = torch.tensor(list(map(len, audios)))
     audio = pad_sequence(audios, batch_first=True).to(device)
     with torch.autocast(device.type, amp, enabled=amp is not None):
-        x, lengths = encoder.encode(audio, samples, pad_to_window=s.context == "30s")
+        x, lengths = encoder.encode(audio, samples, s.context == "window")
     x = x.float()  # (B, T, D), zero beyond lengths
     if on_tokens:
         return [tokens[:n].half().cpu() for tokens, n in zip(x, lengths.tolist())]
@@ -678,8 +680,11 @@ def _read_ahead(task, seconds, rate, failed):
 
 def extract(encoder, task, s, say):
     """Features of a task's clips. ValueError: NaN, or over 1 % cannot be read."""
+    window = encoder.window * encoder.token_seconds
+
     def cost(seconds):
-        return math.ceil(seconds / 30) * 30 if s.context == "30s" else seconds
+        windows = math.ceil(seconds / window)
+        return windows * window if s.context == "window" else seconds
 
     # 0.1: even the shortest clip takes its time.
     seconds = [0.1 + float(clip.rows.seconds[clip.row]) for clip in task.clips]
@@ -759,13 +764,28 @@ def measure_of(task, truth, owner, token_seconds, scores, indices):
     return FRAME_METRICS[metric](scores, truth, owner[indices], token_seconds=token_seconds)
 
 
+def frames_of(owner, token_seconds):
+    """Which token each frame lies in: owner (N,) ascending -> (N',)."""
+    frames, first = [], 0
+    for tokens in torch.bincount(owner).tolist():  # of each clip
+        count = int(tokens * token_seconds / FRAME_SECONDS + 1e-6)
+        middles = (torch.arange(count) + 0.5) * FRAME_SECONDS
+        frames.append(first + (middles / token_seconds).long())
+        first += tokens
+    return torch.cat(frames)
+
+
 def score(task, features, s, encoder, decoder=None):
     """A task's entry in --json: scores, domain, metric, sizes, epochs."""
     spec = replace(task.spec, epochs=s.epochs or task.spec.epochs)
+    x, owner, token_seconds = features.x, features.owner, encoder.token_seconds
     if spec.metric in FRAME_METRICS:
-        spec = replace(spec, batch=TOKENS_PER_CLIP * spec.batch)
+        if token_seconds > FRAME_SECONDS:  # a short segment would have no token
+            frames = frames_of(owner, token_seconds)
+            x, owner, token_seconds = x[frames], owner[frames], FRAME_SECONDS
+        spec = replace(spec, batch=round(CLIP_SECONDS / token_seconds) * spec.batch)
     task, knn_score, seeds = replace(task, spec=spec), None, range(s.seeds)
-    x, owner = features.x.to(s.device), features.owner.to(s.device)
+    x, owner = x.to(s.device), owner.to(s.device)
     turns = rotations(task, owner)
     if spec.metric == "recall@1":
         score_once = partial(score_retrieval, x, owner, task)
@@ -773,8 +793,8 @@ def score(task, features, s, encoder, decoder=None):
         seeds = [0]  # the decoder takes long
         score_once = partial(score_transcription, x, owner, task, encoder, decoder)
     else:
-        truth = targets(task, features.owner, encoder.token_seconds).to(s.device)
-        measure = partial(measure_of, task, truth, owner, encoder.token_seconds)
+        truth = targets(task, owner.cpu(), token_seconds).to(s.device)
+        measure = partial(measure_of, task, truth, owner, token_seconds)
         size = x.shape[1], s.hidden, len(task.classes)
         score_once = partial(score_probe, x, truth, measure, task, size)
         if spec.knn:
@@ -862,11 +882,11 @@ class Settings:
     data: tuple[str, ...] = flag((), "manifests and tars")
     xares: str = flag("", "folder of X-ARES downloads")
     tasks: tuple[str, ...] = flag((), "score these tasks only")
-    decoder: str = flag("", "Qwen folder, for transcription")
+    decoder: str = flag("", "Qwen or Whisper folder, for transcription")
     on: str = flag("test", "split to score; valid: test is not touched, epochs "
                    "are chosen on a tenth of train", choices=("test", "valid"))
-    context: str = flag("clip", "clips at their length, or padded to 30 s",
-                        choices=("clip", "30s"))
+    context: str = flag("clip", "clip: its own length; window: silence follows",
+                        choices=("clip", "window"))
     layer: int | None = flag(None, "features after this layer (default: all)")
     pool: str = flag("mean", "over a clip's tokens", choices=("mean", "mean+std"))
     precision: str = flag("fp32", "of the encoder", choices=tuple(PRECISIONS))

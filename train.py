@@ -12,6 +12,7 @@ import fcntl
 import json
 import math
 import os
+import random
 import resource
 import shutil
 import signal
@@ -28,9 +29,10 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from data import Batches, Rows, held_out, loader, sample_batches, task_shares
-from uniwhisper import (UniWhisper, decoder_folder, export_run, flag, load_model,
-                        newest_checkpoint, open_run, parse_flags, read_json, write_tensors)
+from data import TRANSLATIONS, Batches, Rows, held_out, loader, sample_batches, task_shares
+from uniwhisper import (UniWhisper, decoder_folder, export_run, flag, load_decoder,
+                        load_encoder, load_model, new_adapter, newest_checkpoint, open_run,
+                        parse_flags, read_json, write_tensors)
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Updates left out in a row that end a run; fp16 first has to find its loss scale.
@@ -49,12 +51,17 @@ class Settings:
     # assumption: the paper does not say how it mixes tasks
     temperature: float = flag(2.0, "a task of n rows weighs n ** (1 / temperature)")
     task_weights: tuple[str, ...] = flag((), "or each task's weight, as TASK=WEIGHT")
+    languages: tuple[str, ...] = flag((), "to ask in, beside English, drawn for each clip",
+                                      choices=tuple(TRANSLATIONS))
     workers: int = flag(4, "processes that read audio, on each rank")
     # model
     # assumption: the paper names no sizes
     encoder: str = flag("", "folder of the encoder to start from")
     decoder: str = flag("", "folder of the decoder: Qwen, or a whole Whisper")
     adapter: str = flag("", "run whose adapter to start from; without: a new one")
+    hold: tuple[str, ...] = flag((), "tasks whose features stay near those of --encoder")
+    words: tuple[str, ...] = flag((), "tasks whose clips Whisper's own decoder, frozen, reads, "
+                                  "too; their rows need a language")
     stack: int = flag(4, "encoder tokens that the adapter makes one audio token; "
                       "0: no adapter, between equal widths")
     # optimisation
@@ -65,6 +72,8 @@ class Settings:
     lr_decoder: float = flag(0.0, "decoder's highest learning rate; 0: frozen")
     warmup: int = flag(100, "updates of linear warm-up; then a cosine to a tenth")
     freeze_encoder: int = flag(0, "first updates, which train the adapter alone")
+    hold_weight: float = flag(20.0, "of the distance of --hold, beside a clip's loss of 1")
+    words_weight: float = flag(5.0, "of the loss of --words, beside a clip's loss of 1")
     weight_decay: float = flag(0.01, "AdamW's, of matrices")
     grad_clip: float = flag(1.0, "largest gradient norm")
     loss: str = flag("token", "mean over an update's answer tokens, or its clips",
@@ -250,6 +259,85 @@ def learning_rate(s: Settings, name: str, step: int) -> float:
     first = 0 if name == "adapter" else s.freeze_encoder
     warm = min(1.0, max(0.0, (step - first) / max(1, s.warmup)))
     return highest * warm * (0.55 + 0.45 * math.cos(math.pi * (step - 1) / s.steps))
+
+
+# ---------------------------------------------------------------- what keeps speech
+
+class Keeper:
+    """Two losses by which the encoder keeps what it knew of speech at the start.
+
+    They are added to a batch's sum of losses, for clips of the tasks of --hold and --words.
+    In every fourth update silence follows the clips up to the window's end, as in Whisper's
+    training, so that what pads goes on reading them, too. As that is much audio, and as the
+    untouched encoder always hears that silence, some of a batch's clips stand for all.
+    """
+
+    def __init__(self, s: Settings, encoder):
+        self.s, self.encoder = s, encoder
+        self.window = encoder.window * encoder.token_samples
+        if s.hold:
+            self.untouched = load_encoder(s.encoder).requires_grad_(False).eval().to(s.device)
+        if s.words:
+            decoder = load_decoder(s.encoder, PRECISIONS[s.precision]).to(s.device)
+            self.reader = UniWhisper(encoder, new_adapter(encoder, decoder, 0), decoder)
+
+    def losses(self, rows: Rows, batch, step: int):
+        total = 0.0
+        for tasks, loss in ((self.s.hold, self.hold), (self.s.words, self.words)):
+            clips = [i for i, task in enumerate(batch.tasks) if task in tasks]
+            if clips and step > self.s.freeze_encoder:
+                total = total + loss(rows, batch, clips, step)
+        return total
+
+    def some(self, clips: list[int], seconds: float, step: int) -> list[int]:
+        """As many clips as stand for a batch's audio if each has so many seconds."""
+        count = max(1, int(self.s.batch_seconds / seconds))
+        return sorted(random.Random(step).sample(clips, min(count, len(clips))))
+
+    def part(self, batch, clips: list[int], padded: bool):
+        """Audio and samples of clips of a batch."""
+        samples = batch.samples[clips]
+        audio = batch.audio[clips, : int(samples.max())]
+        return audio, torch.full_like(samples, self.window) if padded else samples
+
+    def hold(self, rows: Rows, batch, clips: list[int], step: int):
+        """How far features are from the untouched encoder's, which hears silence after them.
+
+        Squared, over the squared length of the untouched ones. So features at a clip's own
+        length also become what they are at 30 s (whisper-acft's idea).
+        """
+        padded = step % 4 == 0
+        chosen = self.some(clips, 8, step)
+        audio, samples = self.part(batch, chosen, padded)
+        x, _ = self.encoder.encode(audio, samples)  # (B, T, D)
+        with torch.no_grad():
+            y, _ = self.untouched.encode(audio, samples, pad_to_window=True)
+        x, y = x.float(), y.float()
+        far = (x - y).square().sum((1, 2)) / y.square().sum((1, 2))  # (B,)
+        counts = torch.tensor(batch.answer_tokens)[clips]
+        clips_or_tokens = len(clips) if self.s.loss == "example" else counts.sum()
+        return self.s.hold_weight * clips_or_tokens * far.mean()
+
+    def words(self, rows: Rows, batch, clips: list[int], step: int):
+        """The loss of Whisper's own decoder, which reads the clips, too."""
+        padded, tokenizer = step % 4 == 0, self.reader.decoder.tokenizer
+        chosen = self.some(clips, 30, step) if padded else clips
+        prompts, answers = [], []
+        for i in chosen:
+            try:
+                prompts.append(tokenizer.transcription(batch.languages[i]))
+            except ValueError as e:
+                raise ValueError(f"{rows.name(batch.rows[i])}: {e} (--words)") from None
+            answers.append(tokenizer.answer(batch.texts[i]))
+        audio, samples = self.part(batch, chosen, padded)
+        read = replace(batch, audio=audio, samples=samples, prompts=prompts, answers=answers)
+        share = len(clips) / len(chosen)
+        return share * self.s.words_weight * weighted_sum(self.s, read, self.reader(read))
+
+
+def weighted_sum(s: Settings, batch, losses):
+    """Of losses (N,) of a batch's answer tokens."""
+    return (losses * token_weights(batch, s.loss).to(s.device)).sum()
 
 
 def wrap(s: Settings, model: UniWhisper):
@@ -566,6 +654,14 @@ def open_rows(s: Settings) -> Rows:
     return together(Rows, data, True, {*s.train_split, s.valid_split}, s.max_seconds)
 
 
+def training_rows(s: Settings, rows: Rows) -> np.ndarray:
+    """Numbers of the rows to train on."""
+    for split in s.train_split:
+        if split not in rows.splits:
+            raise ValueError(f"no row has split {split!r} (--train-split)")
+    return np.concatenate([rows.where(split) for split in s.train_split])
+
+
 def batch_specs(s: Settings, rows: Rows, step: int):
     """This rank's endless (batch number, row numbers) after `step`."""
     weights = {}
@@ -575,17 +671,17 @@ def batch_specs(s: Settings, rows: Rows, step: int):
             weights[task] = float(number)
         except ValueError:
             raise ValueError(f"--task-weights takes TASK=NUMBER, not {text}") from None
-    for split in s.train_split:
-        if split not in rows.splits:
-            raise ValueError(f"no row has split {split!r} (--train-split)")
-    index = np.concatenate([rows.where(split) for split in s.train_split])
+    for task in (*s.hold, *s.words):
+        if task not in rows.tasks:
+            raise ValueError(f"--hold and --words: no row has task {task!r}")
+    index = training_rows(s, rows)
     shares = task_shares(rows, index, s.temperature, weights)
     first = step * s.accumulate * world() + rank()
     return sample_batches(rows, index, shares, s.batch_seconds, s.seed, first, world())
 
 
-def describe(s: Settings, model: UniWhisper, rows: Rows, step: int) -> None:
-    """Say what is trained on what; write config.json."""
+def describe(s: Settings, model: UniWhisper, rows: Rows, step: int) -> dict:
+    """Say what is trained on what; write config.json and return what it holds."""
     sizes = []
     for name, part in model.named_children():
         sizes.append(f"{name} {sum(p.numel() for p in part.parameters()) / 1e6:.1f} M")
@@ -605,8 +701,15 @@ def describe(s: Settings, model: UniWhisper, rows: Rows, step: int) -> None:
         say(f"no row has split {s.valid_split!r} (--valid-split): no held-out loss")
     if s.steps <= s.warmup:
         say(f"note: all {s.steps} updates are warm-up (--warmup {s.warmup})")
+    index = training_rows(s, rows)
+    tasks = Counter(rows.tasks[task] for task in rows.task[index].tolist())
+    others = sorted(set(tasks) - set(TRANSLATIONS["de"]))  # all languages have the same tasks
+    if s.languages and others:
+        say(f"asked in English alone (TRANSLATIONS in data.py): {', '.join(others)}")
+    config = vars(s) | dict(tasks=tasks, hours=rows.seconds[index].sum(dtype=float) / 3600)
     if rank() == 0:
-        Path(s.out, "config.json").write_text(json.dumps(vars(s), indent=2) + "\n")
+        Path(s.out, "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return config
 
 
 def lock(out):
@@ -632,7 +735,7 @@ def catch_signals() -> list[int]:
     return caught
 
 
-def train(s: Settings, model: UniWhisper, log: Log, stream, state: dict) -> bool:
+def train(s: Settings, model: UniWhisper, keeper: Keeper, log: Log, stream, state) -> bool:
     """Updates after state["step"]; False if a signal ended them. stream: batches."""
     optimizer, scaler = build_optimizer(s, model, state)
     wrapped, signals = wrap(s, model), catch_signals()
@@ -642,18 +745,21 @@ def train(s: Settings, model: UniWhisper, log: Log, stream, state: dict) -> bool
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(s, group["name"], step)
         micro_batches = [next(stream) for _ in range(s.accumulate)]
-        weights = [token_weights(batch, s.loss) for batch in micro_batches]
+        weights = torch.cat([token_weights(batch, s.loss) for batch in micro_batches])
         # Of all ranks: the number of answer tokens (or clips), and whether to stop.
-        totals = torch.tensor([torch.cat(weights).sum(), len(signals)], device=s.device)
+        totals = torch.tensor([weights.sum(), len(signals)], device=s.device)
         count, stop = all_sum(totals).tolist()
         parts = []
-        for batch, weight in zip(micro_batches, weights):
+        for batch in micro_batches:
             # DDP sums the gradients over ranks in the last backward alone.
             wrapped.require_backward_grad_sync = batch is micro_batches[-1]
+            batch = batch.to(s.device)
             with autocast(s):
-                losses = wrapped(batch.to(s.device))  # (N,)
-            loss = (losses * weight.to(s.device)).sum() / count
-            scaler.scale(loss * world()).backward()  # DDP takes the mean over ranks
+                losses = wrapped(batch)  # (N,)
+                loss = weighted_sum(s, batch, losses)
+                loss = loss + keeper.losses(log.batches.rows, batch, step)
+            # DDP takes the mean over ranks.
+            scaler.scale(loss / count * world()).backward()
             parts.append((batch, losses.detach()))
         if step <= s.freeze_encoder:
             model.encoder.zero_grad()
@@ -691,16 +797,18 @@ def run(s: Settings) -> None:
     state = together(load_state, checkpoint, fixed_settings(s, rows), s.steps)
     specs = together(batch_specs, s, rows, state["step"])
     model = together(build_model, s, checkpoint)
+    keeper = together(Keeper, s, model.encoder)
     locked = together(lock, s.out)  # until this process ends
-    batches = Batches(rows, model.decoder.tokenizer, s.seed, s.max_seconds,
-                      model.encoder.sample_rate)
-    describe(s, model, rows, state["step"])
+    how = rows, model.decoder.tokenizer, model.encoder.sample_rate, s.seed, s.max_seconds
+    batches = Batches(*how, s.languages)
+    in_english = Batches(*how)  # for held-out losses and questions
+    config = describe(s, model, rows, state["step"])
     # Readers are forked here, before gradients are summed: see `evaluate`.
     stream = iter(loader(batches, specs, s.workers, s.device == "cuda"))
-    finished = train(s, model, Log(s, batches, state["step"]), stream, state)
+    finished = train(s, model, keeper, Log(s, in_english, state["step"]), stream, state)
     if finished and rank() == 0:
         decoder = model.decoder if s.lr_decoder else None
-        export_run(Path(s.out, "encoder"), Path(s.out, "decoder"), vars(s), model.encoder, decoder)
+        export_run(Path(s.out, "encoder"), Path(s.out, "decoder"), config, model.encoder, decoder)
         say(f"{s.out}/encoder: the trained encoder, a Hugging Face folder")
     if dist.is_initialized():
         # Destroying the group holds Python's lock and waits for gloo's threads, which

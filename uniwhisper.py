@@ -5,7 +5,7 @@
     python uniwhisper.py transcribe A.wav B.wav --encoder DIR [--language nl]
     python uniwhisper.py export --run OUT DIR [--blend 0.5]
 
-Shapes: B clips, S samples at 16 kHz, F mel frames (10 ms), T encoder tokens (20 ms),
+Shapes: B clips, S samples, F mel frames (10 ms), T encoder tokens (Whisper's: 20 ms),
 A audio tokens after the adapter, L decoder positions, N answer tokens of a batch,
 H heads, D width, V vocabulary.
 """
@@ -41,26 +41,41 @@ TOKEN = 2 * HOP  # samples: an encoder token every 20 ms
 CHUNK = 30 * SAMPLE_RATE  # samples: the 30 s that Whisper pads every clip to
 # In a config.json: transformers 5 calls it dtype, 4 torch_dtype.
 FLOAT32 = {"dtype": "float32", "torch_dtype": "float32"}
-SECONDS_AT_ONCE = 240  # audio seconds that an encoder takes at one time, without a gradient
+SECONDS_AT_ONCE = 240  # of audio that an encoder takes at one time, without a gradient
 RUNAWAY = 32  # tokens: this many of 1 to 8 over and over are no speech
+WINDOWS = 16  # of up to 30 s each, transcribed at one time
 LOGITS_AT_ONCE = 1024  # answer tokens with logits (N, V) at one time
 
 
 # ---------------------------------------------------------------- log-mel
 
 @lru_cache(maxsize=8)
-def mel_filters(n_mels: int, device: torch.device):
-    """Slaney's triangles of equal area, 0 to 8 kHz: (N_FFT / 2 + 1, n_mels)."""
+def mel_filters(n_mels: int, device, n_fft: int, rate: int, lowest: int, highest: int):
+    """Slaney's triangles of equal area: (n_fft / 2 + 1, n_mels).
+
+    They reach from `lowest`, below 1,000 Hz, to `highest`, above it.
+    """
     # Slaney's scale is linear up to 1 kHz, which is mel 15, and logarithmic above.
     step = math.log(6.4) / 27
-    mel = torch.linspace(0, 15 + math.log(8) / step, n_mels + 2, dtype=torch.float64)
+    first, last = lowest * 3 / 200, 15 + math.log(highest / 1000) / step
+    mel = torch.linspace(first, last, n_mels + 2, dtype=torch.float64)
     hz = torch.where(mel < 15, mel * 200 / 3, 1000 * ((mel - 15) * step).exp())
     low, middle, high = hz[:-2], hz[1:-1], hz[2:]
-    bins = torch.linspace(0, SAMPLE_RATE / 2, N_FFT // 2 + 1, dtype=torch.float64)
+    bins = torch.linspace(0, rate / 2, n_fft // 2 + 1, dtype=torch.float64)
     rising = (bins[:, None] - low) / (middle - low)
     falling = (high - bins[:, None]) / (high - middle)
     triangles = torch.minimum(rising, falling).clamp(min=0)
     return (triangles * 2 / (high - low)).float().to(device)
+
+
+def log_mel(windows, n_mels: int, rate: int, lowest: int, highest: int):
+    """Windows of audio (B, F, n_fft) -> log10 of power (B, F, n_mels)."""
+    n_fft, device = windows.shape[-1], windows.device
+    spectrum = torch.fft.rfft(windows * torch.hann_window(n_fft, device=device))
+    power = spectrum.real.square() + spectrum.imag.square()  # (B, F, n_fft / 2 + 1)
+    with torch.autocast(device.type, enabled=False):
+        mel = power @ mel_filters(n_mels, device, n_fft, rate, lowest, highest)
+    return mel.clamp(min=1e-10).log10()
 
 
 @torch.no_grad()
@@ -79,19 +94,18 @@ def log_mel_spectrogram(audio, n_mels: int = 80):
     windows = audio.unfold(-1, N_FFT, HOP)  # (B, F', N_FFT)
     if audio.shape[-1] >= CHUNK:
         windows = windows[:, :-1]  # Whisper drops the last frame
-    spectrum = torch.fft.rfft(windows * torch.hann_window(N_FFT, device=audio.device))
-    power = spectrum.real.square() + spectrum.imag.square()  # (B, F', N_FFT / 2 + 1)
-    with torch.autocast(audio.device.type, enabled=False):
-        mel = power @ mel_filters(n_mels, audio.device)  # (B, F', n_mels)
-    mel = mel.clamp(min=1e-10).log10()
+    mel = log_mel(windows, n_mels, SAMPLE_RATE, 0, SAMPLE_RATE // 2)  # (B, F', n_mels)
     floor = mel.amax((1, 2), keepdim=True) - 8
     mel = (mel[:, :frames].maximum(floor) + 4) / 4
     return mel.transpose(1, 2)
 
 
-def encoder_lengths(samples):
-    """Samples (int or tensor) -> encoder tokens of 20 ms, at least one."""
-    tokens = (samples // HOP + 1) // 2
+def encoder_lengths(samples, token: int = TOKEN):
+    """Samples (int or tensor) -> encoder tokens, at least one.
+
+    A token has `token` samples; at least half of the last is audio.
+    """
+    tokens = (samples + token // 2) // token
     return tokens.clamp(min=1) if isinstance(tokens, Tensor) else max(1, tokens)
 
 
@@ -131,6 +145,14 @@ def check_sizes(config: dict, folder, *keys) -> None:
         value = config.get(key, "missing")
         if type(value) is not int or value < 1:
             raise bad_config(folder, key, value, "a whole number above 0")
+
+
+def read_ids(path, key: str, vocabulary: int) -> list[int]:
+    """A JSON file's list of ids; as in transformers, others than the vocabulary's are ignored."""
+    ids = read_json(path).get(key) or []
+    if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+        raise ValueError(f"{path}: {key} is {ids!r}; need a list of ids")
+    return [i for i in ids if 0 <= i < vocabulary]
 
 
 def check_values(config: dict, folder, **needed) -> None:
@@ -212,7 +234,10 @@ def run_layer(layer, recompute: bool, *inputs):
 # ---------------------------------------------------------------- what encoders share
 
 def token_mask(lengths, tokens=None):
-    """lengths (B,) -> which of `tokens` (None: of the longest) are real: (B, T) bool."""
+    """lengths (B,) -> which tokens are real: (B, T) bool.
+
+    tokens: T; None: the longest length.
+    """
     tokens = int(lengths.max()) if tokens is None else tokens
     return torch.arange(tokens, device=lengths.device) < lengths[:, None]
 
@@ -223,9 +248,9 @@ def mean_over_tokens(features, lengths):
 
 
 def check_audio(audio, samples):
-    """Audio (B, S), or one clip (S,), of floats -> float32 (B, S), samples (B,) on the CPU.
+    """Audio and samples as a user may give them -> as `encode` needs them.
 
-    samples None: all of it. Raises ValueError.
+    Raises ValueError.
     """
     if not audio.is_floating_point():
         raise ValueError(f"audio is {audio.dtype}; need floats from -1 to 1")
@@ -242,52 +267,59 @@ class Encoder(nn.Module):
     """Audio of any length -> features, window by window.
 
     A subclass has sample_rate, width, token_samples (of a token), window (tokens),
-    lengths(samples) -> tokens, and encode_window.
+    encode_window, from_pretrained and save.
     """
 
     @property
     def token_seconds(self) -> float:
         return self.token_samples / self.sample_rate
 
+    def lengths(self, samples):
+        """Samples (int or tensor) -> tokens."""
+        return encoder_lengths(samples, self.token_samples)
+
     def encode(self, audio, samples=None, pad_to_window: bool = False):
         """audio (B, S), zero beyond samples (B,) -> (features (B, T, D), lengths (B,)).
 
-        Features are 0 beyond `lengths` (tokens, on the CPU). One clip may be (S,);
-        samples None: all of S. A clip longer than a window (Whisper's: 30 s) is encoded
-        in windows, each by itself; their tokens are joined. If audio ends before
-        `samples`, zeros are appended. pad_to_window: attention also sees silence up to the
-        window's end, as in Whisper's training; the features are the clip's own tokens.
+        Features are 0 beyond `lengths` (tokens, on the CPU). Audio is of any float type;
+        one clip may be (S,). samples None: all of S. If audio ends before `samples`,
+        zeros are appended. A clip over a window (Whisper's: 30 s) is encoded in
+        windows, each by itself; their tokens are joined.
+        pad_to_window: the encoder also sees silence up to the window's end, as Whisper
+        did in training; the features are the clip's own tokens.
         # assumption: the paper does not say whether it pads to 30 s.
         """
         audio, samples = check_audio(audio, samples)
         lengths = self.lengths(samples)  # (B,)
-        seen = lengths  # tokens that attention sees
+        size = self.window * self.token_samples
         if pad_to_window:
-            windows = (lengths + self.window - 1) // self.window
-            seen = windows * self.window
-        features = None
-        for first in range(0, int(seen.max()), self.window):
-            end = first + self.window
-            for clips in self.pieces((seen > first).nonzero()[:, 0]):
+            samples = (lengths + self.window - 1) // self.window * size
+        seen = self.lengths(samples)  # tokens
+        most, features = int(seen.max()), None
+        for first in range(0, most, self.window):
+            inside = (seen > first).nonzero()[:, 0]  # clips that reach into this window
+            start = first * self.token_samples
+            for clips in self.pieces(inside, min(most - first, self.window)):
                 index = clips.to(audio.device)
-                piece = audio[index, first * self.token_samples : end * self.token_samples]
-                x = self.encode_window(piece, (seen[clips] - first).clamp(max=self.window))
+                piece = audio[index, start : start + size]
+                x = self.encode_window(piece, (samples[clips] - start).clamp(max=size))
                 if features is None:
-                    features = x.new_zeros(len(audio), int(seen.max()), self.width)
+                    features = x.new_zeros(len(audio), most, self.width)
                 features[:, first : first + x.shape[1]].index_copy_(0, index, x)
         features = features[:, : int(lengths.max())]
         if pad_to_window:
             features = features * token_mask(lengths)[:, :, None].to(features.device)
         return features, lengths
 
-    def pieces(self, clips):
-        """Clips of a window, as many at one time as memory is meant for."""
+    def pieces(self, clips, tokens: int):
+        """Clips of a window, up to `tokens` long, in pieces of bounded memory."""
         if torch.is_grad_enabled():  # backward needs all of them
             return [clips]
-        return clips.split(max(1, int(SECONDS_AT_ONCE / self.token_seconds / self.window)))
+        longest = tokens * self.token_seconds
+        return clips.split(max(1, int(SECONDS_AT_ONCE / longest)))
 
     def pooled(self, audio, samples=None, pad_to_window: bool = False):
-        """The mean over each clip's real tokens: (B, D), float32; inputs as above."""
+        """The mean over a clip's real tokens: (B, D), float32; see `encode`."""
         return mean_over_tokens(*self.encode(audio, samples, pad_to_window))
 
 
@@ -358,7 +390,6 @@ class WhisperEncoder(Encoder):
     """
 
     sample_rate, token_samples = SAMPLE_RATE, TOKEN
-    lengths = staticmethod(encoder_lengths)
 
     def __init__(self, config: dict):
         super().__init__()
@@ -422,8 +453,9 @@ class WhisperEncoder(Encoder):
         x = self.layer_norm(x)
         return x if real is None else x * real[:, :, None]
 
-    def encode_window(self, audio, lengths):
-        """audio (B, S) of one window, lengths (B,) in tokens -> (B, T, D)."""
+    def encode_window(self, audio, samples):
+        """audio (B, S) and samples (B,) of one window -> (B, T, D)."""
+        lengths = self.lengths(samples)
         tokens = int(lengths.max())
         audio = F.pad(audio, (0, max(0, tokens * TOKEN - audio.shape[1])))
         mel = log_mel_spectrogram(audio, self.n_mels)
@@ -458,12 +490,150 @@ class WhisperEncoder(Encoder):
             path.write_text(json.dumps(mel))
 
 
-def load_encoder(folder) -> WhisperEncoder:
-    """The encoder of a folder.
+# ---------------------------------------------------------------- CLAP's encoder
 
-    For another kind, choose its class here by model_type.
+# What LAION's unfused CLAPs hear, as transformers names it.
+CLAP_SOUND = {"sampling_rate": 48_000, "max_length_s": 10, "padding": "repeatpad",
+              "truncation": "rand_trunc", "fft_window_size": 1024, "hop_length": 480,
+              "feature_size": 64, "frequency_min": 50, "frequency_max": 14_000}
+
+
+@torch.no_grad()
+def clap_mel(audio):
+    """CLAP's input, in dB: audio (B, S) at 48 kHz -> (B, 1, F, 64), F = S // 480 + 1."""
+    audio = F.pad(audio[:, None], (512, 512), mode="reflect")[:, 0]
+    mel = log_mel(audio.unfold(-1, 1024, 480), 64, 48_000, 50, 14_000)
+    return 10 * mel[:, None]
+
+
+def read_clap_config(folder) -> dict:
+    """CLAP's audio_config; refuses what is not computed here."""
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        path = Path(folder, name)
+        sound = read_json(path) if path.exists() else {}
+        sound = sound.get("feature_extractor", sound)
+        for key, need in CLAP_SOUND.items():
+            if sound.get(key, need) != need:
+                raise ValueError(f"{path}: {key} is {sound[key]!r}; need {need!r}")
+    config = read_config(folder, ("clap", "clap_audio_model"))
+    config = config.get("audio_config", config)
+    check_values(config, folder, enable_fusion=False, num_mel_bins=64, spec_size=256)
+    return config
+
+
+class ClapEncoder(Encoder):
+    """CLAP's encoder of audio, HTS-AT, as transformers computes it.
+
+    Its last grid has two bins of frequency at each of 32 steps of time.
+    A token is the mean over both: each has a time of its own, 0.3125 s,
+    and the mean over tokens is what CLAP compares with texts.
+    It is never in training mode: BatchNorm takes no statistics of a batch,
+    and without dropout a resumed run repeats its bits.
     """
-    return WhisperEncoder.from_pretrained(folder)
+
+    sample_rate = 48_000
+
+    def __init__(self, config: dict):
+        super().__init__()
+        from transformers import ClapAudioConfig, ClapAudioModel
+
+        self.config = config
+        self.audio_encoder = ClapAudioModel(ClapAudioConfig(**config)).audio_encoder
+        self.checkpoint_layers = False
+        self.keep_layers(len(self.layers))
+        self.eval()
+
+    @classmethod
+    def from_pretrained(cls, folder) -> "ClapEncoder":
+        """Read a folder of ClapModel or ClapAudioModel, as float32."""
+        config = read_clap_config(folder)
+        try:
+            encoder = cls(config)
+        except ImportError:
+            raise ValueError("CLAP needs transformers: pip install transformers") from None
+        except Exception as e:  # transformers raises an error class of its own
+            raise bad_file(Path(folder, "config.json"), " ".join(str(e).split())) from None
+        tensors = {}
+        for name, tensor in read_weights(folder).items():
+            name = name.removeprefix("audio_model.")
+            if name.startswith("audio_encoder."):
+                tensors[name] = tensor.float() if tensor.is_floating_point() else tensor
+        load_strictly(encoder, tensors, folder)
+        return encoder
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.audio_encoder.layers
+
+    def keep_layers(self, count: int) -> None:
+        """Keep the first `count` stages; the last norm stays only with all."""
+        model, stages = self.audio_encoder, len(self.layers)
+        if not 0 <= count <= stages:
+            raise ValueError(f"layer is {count}; this encoder has layers 0 to {stages}")
+        if count < stages:
+            model.layers, model.norm = model.layers[:count], nn.Identity()
+        # Behind each stage but the last the grid is half as fine and twice as wide.
+        halvings = min(count, stages - 1)
+        self.width = model.patch_embed.proj.out_channels * 2**halvings
+        self.window = model.input_resolutions[halvings][1] * model.freq_ratio  # tokens
+        self.token_samples = 10 * self.sample_rate // self.window
+
+    def train(self, mode: bool = True):
+        return super().train(False)
+
+    def pieces(self, clips, tokens: int):
+        return super().pieces(clips, self.window)  # a short clip takes as much memory
+
+    def forward(self, mel):
+        """mel (B, 1, F, 64) of 10 s -> (B, T, D)."""
+        model = self.audio_encoder
+        mel = model.batch_norm(mel.transpose(1, 3)).transpose(1, 3)
+        x = model.patch_embed(model.reshape_mel2img(mel))  # (B, height * width, D)
+        for stage, grid in zip(self.layers, model.input_resolutions):
+            x = run_layer(stage, self.checkpoint_layers, x, grid)[0]
+        # Pieces of time lie one below the other, each with its bins of frequency.
+        pieces, width = model.freq_ratio, self.window // model.freq_ratio
+        x = model.norm(x).unflatten(1, (pieces, -1, width))
+        return x.mean(2).flatten(1, 2)
+
+    def encode_window(self, audio, samples):
+        """audio (B, S) and samples (B,) of one window -> (B, T, D)."""
+        size, clips = 10 * self.sample_rate, []
+        for clip, n in zip(audio, samples.clamp(min=1).tolist()):
+            # CLAP hears a short clip as often as it fits into 10 s, then silence.
+            clip = F.pad(clip[:n], (0, max(0, n - len(clip)))).repeat(size // n)
+            clips.append(F.pad(clip, (0, size - len(clip))))
+        real = token_mask(self.lengths(samples))  # (B, T)
+        x = self(clap_mel(torch.stack(clips)))[:, : real.shape[1]]
+        return x * real[:, :, None].to(x.device, non_blocking=True)
+
+    def save(self, folder, source=None) -> None:
+        """Write a folder for transformers, of the kind that `source` is.
+
+        source: where training started; its text side and so on are copied.
+        Without, the folder is a ClapAudioModel's.
+        """
+        folder, tensors = Path(folder), {}
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, tensor in self.state_dict().items():
+            tensors[name] = tensor.cpu()
+        config = {"architectures": ["ClapAudioModel"], **self.config,
+                  "model_type": "clap_audio_model"}
+        if source is not None:
+            copy_texts(source, folder)
+            config, old = read_json(Path(source, "config.json")), read_weights(source)
+            for name, tensor in old.items():
+                old[name] = tensors.get(name.removeprefix("audio_model."), tensor)
+            tensors = old
+        write_tensors(tensors, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(config | FLOAT32, indent=2))
+
+
+def load_encoder(folder) -> Encoder:
+    """The encoder of a folder, by its config.json's model_type."""
+    kind = read_config(folder, ("whisper", "clap", "clap_audio_model"))["model_type"]
+    encoder = WhisperEncoder if kind == "whisper" else ClapEncoder
+    return encoder.from_pretrained(folder)
 
 
 # ---------------------------------------------------------------- what decoders share
@@ -586,11 +756,12 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def greedy(self, read, embeds, chats: list[list[int]], max_new_tokens: int,
-               stop_repeats: bool = False):
+               transcript: bool = False):
         """Greedy answers to chats as lists of ids, without the end token.
 
         embeds (B, L, D): of the chats; read(embeds, caches, positions) -> states.
-        stop_repeats: an answer also ends where `repeated` finds a run-away repetition.
+        transcript: without what Whisper suppresses in one, and an answer also ends
+        where `repeated` finds a run-away repetition.
         """
         clips, length, _ = embeds.shape
         heads, width = self.kv_heads
@@ -603,13 +774,18 @@ class Decoder(nn.Module):
         answers = [[] for _ in chats]
         running = set(range(clips))
         for step in range(max_new_tokens):
-            new = self.unembed(states).argmax(-1)  # (B,)
+            logits = self.unembed(states)  # (B, V)
+            if transcript:
+                logits[:, self.suppressed] = -math.inf
+            if transcript and step == 0:
+                logits[:, self.suppressed_first] = -math.inf
+            new = logits.argmax(-1)  # (B,)
             for clip, token in enumerate(new.tolist()):
                 if token in self.tokenizer.stop:
                     running.discard(clip)
                 if clip in running:
                     answers[clip].append(token)
-                    if stop_repeats and repeated(answers[clip]):
+                    if transcript and repeated(answers[clip]):
                         running.discard(clip)
             if not running:
                 break
@@ -841,6 +1017,25 @@ class QwenDecoder(Decoder):
 
 # ---------------------------------------------------------------- Whisper's decoder
 
+# Whisper's codes and names of languages (openai/whisper, tokenizer.py).
+LANGUAGES = """
+en english, zh chinese, de german, es spanish, ru russian, ko korean, fr french,
+ja japanese, pt portuguese, tr turkish, pl polish, ca catalan, nl dutch, ar arabic,
+sv swedish, it italian, id indonesian, hi hindi, fi finnish, vi vietnamese, he hebrew,
+uk ukrainian, el greek, ms malay, cs czech, ro romanian, da danish, hu hungarian,
+ta tamil, no norwegian, th thai, ur urdu, hr croatian, bg bulgarian, lt lithuanian,
+la latin, mi maori, ml malayalam, cy welsh, sk slovak, te telugu, fa persian, lv latvian,
+bn bengali, sr serbian, az azerbaijani, sl slovenian, kn kannada, et estonian,
+mk macedonian, br breton, eu basque, is icelandic, hy armenian, ne nepali, mn mongolian,
+bs bosnian, kk kazakh, sq albanian, sw swahili, gl galician, mr marathi, pa punjabi,
+si sinhala, km khmer, sn shona, yo yoruba, so somali, af afrikaans, oc occitan,
+ka georgian, be belarusian, tg tajik, sd sindhi, gu gujarati, am amharic, yi yiddish,
+lo lao, uz uzbek, fo faroese, ht haitian-creole, ps pashto, tk turkmen, nn nynorsk,
+mt maltese, sa sanskrit, lb luxembourgish, my myanmar, bo tibetan, tl tagalog,
+mg malagasy, as assamese, tt tatar, haw hawaiian, ln lingala, ha hausa, ba bashkir,
+jw javanese, su sundanese, yue cantonese"""
+
+
 class WhisperTokenizer(TextTokenizer):
     """Whisper's tokenizer and prompts; `multilingual` is False for its .en models."""
 
@@ -860,7 +1055,14 @@ class WhisperTokenizer(TextTokenizer):
         tokenizer.encode_special_tokens = True  # in texts they are spelt as plain text
 
     def transcription(self, language: str = "en") -> list[int]:
-        """Whisper's own prompt for a transcript without timestamps."""
+        """Whisper's own prompt for a transcript without timestamps.
+
+        language: a code or a name, nl or Dutch.
+        """
+        for pair in LANGUAGES.split(","):
+            code, name = pair.split()
+            if language.lower() == name:
+                language = code
         known = self.languages if self.multilingual else {"en": None}
         if language not in known:
             raise ValueError(f"language is {language!r}; this Whisper knows "
@@ -920,6 +1122,8 @@ class WhisperDecoder(Decoder):
     def __init__(self, config: dict, tokenizer: WhisperTokenizer):
         super().__init__(config, tokenizer, config["d_model"])
         tokenizer.multilingual = config["vocab_size"] >= 51865
+        self.suppressed = config["suppress_tokens"]  # ids that no transcript holds,
+        self.suppressed_first = config["begin_suppress_tokens"]  # or none starts with
         heads, ffn = config["decoder_attention_heads"], config["decoder_ffn_dim"]
         self.kv_heads = heads, self.width // heads
         self.window = config["max_target_positions"]  # tokens of prompt and answer: 448
@@ -933,6 +1137,11 @@ class WhisperDecoder(Decoder):
     def read_config(folder) -> dict:
         c = read_whisper_config(folder, DECODER_SIZES)
         check_values(c, folder, scale_embedding=False)
+        path = Path(folder, "generation_config.json")
+        if not path.exists():  # as in transformers; where it is, it alone counts
+            path = Path(folder, "config.json")
+        for key in "suppress_tokens", "begin_suppress_tokens":
+            c[key] = read_ids(path, key, c["vocab_size"])
         return c | {"tie_word_embeddings": True}
 
     def audio_rms(self) -> float:
@@ -985,11 +1194,11 @@ class WhisperDecoder(Decoder):
         return states[predicting(chats, answers)]
 
     @torch.no_grad()
-    def generate(self, audio, lengths, prompts, max_new_tokens: int, stop_repeats=False):
+    def generate(self, audio, lengths, prompts, max_new_tokens: int, transcript=False):
         """Greedy answers as lists of ids, without the end token; see `greedy`."""
         read = partial(self, self.hear(audio, lengths))
         embeds = self.embed(prompts, max_new_tokens)  # (B, L, D)
-        return self.greedy(read, embeds, prompts, max_new_tokens, stop_repeats)
+        return self.greedy(read, embeds, prompts, max_new_tokens, transcript)
 
     @torch.no_grad()
     def detect_languages(self, audio, lengths) -> list[str]:
@@ -1115,7 +1324,7 @@ def decoder_folder(settings: dict, checkpoint: Path) -> Path:
 
 
 def export_run(folder, beside, settings: dict, encoder, decoder=None) -> None:
-    """Write a run's encoder as a Hugging Face folder.
+    """Write a run's encoder as a Hugging Face folder, with a model card.
 
     A trained decoder goes to `beside`. Whisper's own, where no adapter
     stood between, also takes the old one's place in the folder.
@@ -1126,6 +1335,96 @@ def export_run(folder, beside, settings: dict, encoder, decoder=None) -> None:
         if settings["stack"] == 0 and isinstance(decoder, WhisperDecoder):
             source = beside
     encoder.save(folder, source)
+    Path(folder, "README.md").write_text(model_card(settings, encoder), "utf-8")
+
+
+CARD = """---
+library_name: transformers
+pipeline_tag: feature-extraction
+base_model: {base}
+{licence}tags: [audio, speech, music, uniwhisper]
+---
+
+# {base}, trained on by UniWhisper
+
+An audio encoder for speech, sounds and music: one vector of {width} numbers every
+{token:g} ms. {base} was trained on through an adapter and {decoder} (arXiv
+2602.21772): audio + instruction -> answer text, with loss on the answers alone.
+
+## Training
+
+{steps:,} updates on {hours} hours of audio.
+
+| task | clips |
+| --- | --- |
+{tasks}
+
+Settings: {settings}
+
+## Use
+
+{use}
+Training heard clips at their own length. What pads them to a fixed length, as
+`transformers` does, reads them, too; take the mean over a clip's real tokens alone.
+UniWhisper's `load_encoder(FOLDER).pooled(audio)` does both.
+
+## Scores
+
+{scores}
+
+## Limits
+
+A decoder in this folder is the base model's. It may no longer read this encoder well.
+The licence is the base model's; that of the training clips may bind you, too.
+"""
+
+
+WHISPER_USE = """\
+    from transformers import AutoFeatureExtractor, AutoModel
+    mel = AutoFeatureExtractor.from_pretrained(FOLDER)(audio, sampling_rate=16_000,
+                                                       return_tensors="pt")
+    features = AutoModel.from_pretrained(FOLDER).encoder(**mel).last_hidden_state
+"""
+CLAP_USE = "`ClapModel.from_pretrained(FOLDER)` of `transformers` loads it.\n"
+
+
+def model_card(settings: dict, encoder) -> str:
+    """A README.md as on the Hub; with scores where OUT holds probe.py's scores.json."""
+    source = settings["encoder"]
+    base = read_json(Path(source, "config.json")).get("_name_or_path") or Path(source).name
+    licence, card = "", Path(source, "README.md")
+    if card.exists():
+        for line in card.read_text("utf-8").splitlines():
+            if line.startswith("license:"):
+                licence = line + "\n"
+    # Settings that are no folders, and differ from one run to the next.
+    shown = []
+    for key in ("seed", "stack", "batch_seconds", "accumulate", "loss", "lr_encoder",
+                "lr_adapter", "lr_decoder", "precision"):
+        shown.append(f"{key} {settings.get(key)}")
+    tasks, hours = settings.get("tasks", {}), settings.get("hours")
+    return CARD.format(
+        base=base, licence=licence, width=encoder.width,
+        use=WHISPER_USE if isinstance(encoder, WhisperEncoder) else CLAP_USE,
+        token=1000 * encoder.token_seconds, decoder=Path(settings["decoder"]).name,
+        steps=settings["steps"], hours=f"{hours:.1f}" if hours else "?", settings=", ".join(shown),
+        tasks="\n".join(f"| {task} | {count} |" for task, count in tasks.items()),
+        scores=card_scores(Path(settings["out"], "scores.json")))
+
+
+def card_scores(path: Path) -> str:
+    """A table of what `probe.py --encoder OUT/encoder --json OUT/scores.json` wrote."""
+    if not path.exists():
+        return f"None yet: `python probe.py --encoder OUT/encoder --json {path.name}` in OUT."
+    lines = ["| task | metric | encoder | kNN | MLP |", "| --- | --- | --- | --- | --- |"]
+    for folder, scores in read_json(path, "encoders")["encoders"].items():
+        for task, score in scores["tasks"].items():
+            values = [score["metric"], Path(folder).name]
+            for column in ("knn", "mlp"):
+                value = score.get(column)
+                values.append("-" if value is None else f"{value:.3f}")
+            lines.append(f"| {task} | {' | '.join(values)} |")
+    return "\n".join(lines)
 
 
 # ---------------------------------------------------------------- command line
@@ -1218,45 +1517,87 @@ def transcribe(args) -> None:
     if args.language:
         decoder.tokenizer.transcription(args.language)  # refuses what it does not know
     skipped = []
-    for path in args.audio:
-        try:
-            audio = read_audio(path, encoder.sample_rate)
-        except AudioError as e:
-            skipped.append(f"skipped: {e}")
-            continue
-        texts, language = [], args.language
-        for piece in audio.split(encoder.window * TOKEN):
-            if args.context == "30s":
-                piece = F.pad(piece, (0, encoder.window * TOKEN - len(piece)))
-            text, language, repeat = transcribe_window(encoder, decoder, piece, language)
-            texts.append(text)
-            if repeat:
+    for first in range(0, len(args.audio), WINDOWS):
+        paths, clips = [], []
+        for path in args.audio[first : first + WINDOWS]:
+            try:
+                clips.append(read_audio(path, encoder.sample_rate))
+                paths.append(path)
+            except AudioError as e:
+                skipped.append(f"skipped: {e}")
+        said = transcribe_clips(encoder, decoder, clips, [args.language] * len(clips),
+                                args.context)
+        for path, text, _, repeats in zip(paths, *said):
+            for repeat in repeats:
                 note = f"note: {path}: stopped where it only repeated {repeat!r}"
                 print(note, file=sys.stderr)
-        print(f"{path}: {' '.join(texts)}", flush=True)
+            print(f"{path}: {text}", flush=True)
     if skipped:
         raise ValueError("\n".join(skipped))
 
 
-def transcribe_window(encoder, decoder, audio, language: str = ""):
-    """Audio (S,) of up to 30 s -> text, language, what was repeated without end."""
-    audio, lengths = encoder.encode(audio[None], torch.tensor([len(audio)]))  # (1, T, D)
-    language = language or decoder.detect_languages(audio, lengths)[0]
+def transcribe_clips(encoder, decoder, clips, languages, context: str = "30s"):
+    """Clips, audio (S,) of any length -> texts, languages, repeats: a list each.
+
+    languages: a code such as nl for each; "": what is detected in its first 30 s.
+    context 30s: silence follows up to 30 s, as Whisper learned; clip: none.
+    repeats: for each clip, a list of what was said over and over and therefore cut off.
+    """
+    windows = {}  # (clip, number in the clip) -> audio (S,)
+    for clip, audio in enumerate(clips):
+        for number, window in enumerate(audio.split(encoder.window * TOKEN)):
+            windows[clip, number] = window
+    # A clip's first window tells the language of the others.
+    first = [place for place in windows if place[1] == 0]
+    later = [place for place in windows if place[1] > 0]
+    languages, said = list(languages), {}
+    for places in first, later:
+        places.sort(key=lambda place: len(windows[place]))  # so that little is padded
+        for n in range(0, len(places), WINDOWS):
+            batch = places[n : n + WINDOWS]
+            audio = [windows[place] for place in batch]
+            known = [languages[clip] for clip, _ in batch]
+            answers = transcribe_windows(encoder, decoder, audio, known, context)
+            for place, answer in zip(batch, answers):
+                said[place], languages[place[0]] = answer, answer[1]
+    texts, repeats = [[] for _ in clips], [[] for _ in clips]
+    for clip, number in windows:
+        text, _, repeat = said[clip, number]
+        texts[clip].append(text)
+        if repeat:
+            repeats[clip].append(repeat)
+    return [" ".join(parts) for parts in texts], languages, repeats
+
+
+def transcribe_windows(encoder, decoder, windows, languages, context: str = "30s"):
+    """Audio (S,) of up to 30 s each -> text, language, repeat for each; see above."""
+    samples = torch.tensor([len(audio) for audio in windows])
+    if context == "30s":
+        samples[:] = encoder.window * TOKEN
+    audio = nn.utils.rnn.pad_sequence(windows, batch_first=True)  # (B, S)
+    audio, lengths = encoder.encode(audio, samples)  # (B, T, D)
+    if not all(languages):
+        found = decoder.detect_languages(audio, lengths)
+        languages = [given or other for given, other in zip(languages, found)]
     tokenizer = decoder.tokenizer
-    prompt = tokenizer.transcription(language)
-    longest = decoder.window - len(prompt)
-    ids = decoder.generate(audio, lengths, [prompt], longest, stop_repeats=True)[0]
-    repeat, length = "", repeated(ids)
-    if length:
-        repeat = tokenizer.decode(ids[-length:])
-        ids = ids[: length - RUNAWAY]  # once it may have been said
-    return tokenizer.decode(ids), language, repeat
+    prompts = [tokenizer.transcription(language) for language in languages]
+    longest = decoder.window - len(prompts[0])
+    answers, out = decoder.generate(audio, lengths, prompts, longest, transcript=True), []
+    for ids, language in zip(answers, languages):
+        repeat, length = "", repeated(ids)
+        if length:
+            repeat = tokenizer.decode(ids[-length:])
+            ids = ids[: length - RUNAWAY]  # once it may have been said
+        out.append((tokenizer.decode(ids), language, repeat))
+    return out
 
 
 @torch.no_grad()
 def export(args) -> None:
     """A run's encoder as a folder."""
     settings, newest = open_run(args.run)
+    settings["out"] = args.run  # it may have been moved
+    settings["steps"] = int(newest.name.removeprefix("step-"))
     beside = Path(args.folder, "decoder")
     source, trained = settings["encoder"], newest / "encoder"
     for target in (args.folder, beside):
@@ -1285,9 +1626,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    p = commands.add_parser("encode", help="audio -> features (T, D), 20 ms a token")
+    p = commands.add_parser("encode", help="audio -> features (T, D)")
     p.add_argument("audio", nargs="+", help="audio files, manifests (.jsonl), tars")
-    p.add_argument("--encoder", required=True, help="Whisper, or OUT/encoder of a run")
+    p.add_argument("--encoder", required=True, help="Whisper, CLAP, or OUT/encoder of a run")
     p.add_argument("--out", required=True, help="safetensors file; its keys: clips")
     p.add_argument("--pool", action="store_true", help="mean over tokens: (D,)")
     p.set_defaults(do=encode)

@@ -241,7 +241,7 @@ def read_batches(a) -> tuple[Rows, list[Batch]]:
     for i in range(a.batches):
         picked.append(pool[(2 * i + 1) * len(pool) // (2 * a.batches)])
     tokenizer = uw.ChatTokenizer.from_pretrained(a.decoder)
-    batches = Batches(rows, tokenizer, s.seed, s.max_seconds)
+    batches = Batches(rows, tokenizer, RATE, s.seed, s.max_seconds)
     return rows, [batches[spec] for spec in sorted(picked)]
 
 
@@ -259,7 +259,8 @@ def joined(batches: list[Batch], length: float, count: int) -> Batch:
     size, stream = round(length * RATE), torch.cat(clips(batches))
     audio = stream.repeat(-(-count * size // len(stream)))[: count * size].view(count, size)
     lists = {}
-    for name in ("prompts", "answers", "tasks", "rows", "instructions", "texts"):
+    for name in ("prompts", "answers", "tasks", "rows", "instructions", "texts",
+                 "languages"):
         values = itertools.chain.from_iterable(getattr(b, name) for b in batches)
         lists[name] = list(itertools.islice(itertools.cycle(values), count))
     return Batch(audio=audio, samples=torch.full((count,), size), skipped=[], **lists)
@@ -459,7 +460,7 @@ def decode(a):
     for rate in (RATE, 44_100):
         with tempfile.TemporaryDirectory() as folder:
             rows = write_flacs(folder, clips(some), rate)
-            batches = Batches(rows, uw.ChatTokenizer.from_pretrained(a.decoder))
+            batches = Batches(rows, uw.ChatTokenizer.from_pretrained(a.decoder), RATE)
             specs = data.held_out(rows, "train", 0, 20.0)
             specs *= max(1, round(a.decode_hours * 3600 / rows.seconds.sum()))
             hours = sum(rows.seconds[numbers].sum() for _, numbers in specs) / 3600
@@ -569,7 +570,7 @@ def features(a):
         return extract(model, task, s, say=lambda text: None)
 
     def theirs(group):
-        audio = [rows.audio(i) for i in group]
+        audio = [rows.audio(i, RATE) for i in group]
         return peer.encode(peer.features(audio)).float().mean(1).cpu()
 
     sides = [(ours, [task])]

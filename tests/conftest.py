@@ -77,6 +77,24 @@ def _whisper_config(**sizes):
         bos_token_id=1, eos_token_id=2, decoder_start_token_id=3) | sizes)
 
 
+def make_clap(folder):
+    """Save a tiny unfused CLAP with random weights, its text side too; returns transformers' model of it."""
+    from transformers import ClapConfig, ClapFeatureExtractor, ClapModel
+
+    torch.manual_seed(0)
+    audio = dict(patch_embeds_hidden_size=8, depths=[1, 1, 2, 1], num_attention_heads=[1, 1, 2, 2], hidden_size=64,
+                 mlp_ratio=2.0, projection_dim=16)
+    text = dict(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=40,
+                max_position_embeddings=40, projection_dim=16)
+    model = _shake(ClapModel(ClapConfig(audio_config=audio, text_config=text, projection_dim=16)))
+    norm = model.audio_model.audio_encoder.batch_norm
+    norm.running_mean.fill_(-30.0)
+    norm.running_var.fill_(400.0)
+    model.save_pretrained(folder)
+    ClapFeatureExtractor(frequency_min=50, truncation="rand_trunc").save_pretrained(folder)
+    return model
+
+
 def make_talking_whisper(folder, vocabulary: int = 51865, width: int = 48):
     """Save a tiny Whisper with a tokenizer; returns transformers' model of it. Multilingual from 51,865 on."""
     from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
@@ -161,6 +179,13 @@ def english_whisper(tmp_path_factory):
     """(folder, transformers' model) of a whole `.en` Whisper with a tokenizer."""
     folder = tmp_path_factory.mktemp("english")
     return folder, make_talking_whisper(folder, 51864)
+
+
+@pytest.fixture(scope="session")
+def clap(tmp_path_factory):
+    """(folder, transformers' model) of a whole CLAP."""
+    folder = tmp_path_factory.mktemp("clap")
+    return folder, make_clap(folder)
 
 
 def joint_model(encoder, decoder, stack: int = 4, dtype: torch.dtype = torch.float32) -> UniWhisper:

@@ -1,14 +1,18 @@
 """What other people's code says of a trained encoder: transformers' Whisper and scikit-learn,
-beside our own generate.
+beside our own generate and transcribe.
 
     python tests/outside.py words --encoder whisper-base OUT/encoder --run OUT \\
         --data suite/transcribe.jsonl [--clips 300]
+    python tests/outside.py wer --encoder whisper-base OUT/encoder \\
+        --data suite/transcribe.jsonl transfer/transcribe_dutch.jsonl [--on valid] [--clips 60]
     python tests/outside.py knn --encoder whisper-base OUT/encoder \\
         --data suite/drum.jsonl suite/voice.jsonl
 
 words: word error rate (lower case, no punctuation) on clips of the test split: of each encoder
 under Whisper's own decoder, at 30 s, greedy, told the clip's language; of --run, a training
 run, through its adapter and frozen Qwen.
+wer: the same by our own transcribe, for each encoder and manifest, at both contexts; runaways
+counts the clips where a repetition without end was cut off.
 knn: accuracy of scikit-learn's 10 neighbours (cosine, weighed by distance) on the mean over
 real tokens of transformers' encoder, every clip padded with silence to the next 2 s.
 """
@@ -28,7 +32,8 @@ from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import Rows  # noqa: E402
 from probe import word_error_rate  # noqa: E402
-from uniwhisper import SAMPLE_RATE, TOKEN, load_run  # noqa: E402
+from uniwhisper import (SAMPLE_RATE, TOKEN, load_decoder, load_encoder, load_run,  # noqa: E402
+                        transcribe_clips)
 
 LONGEST = 64  # tokens of an answer, for either decoder
 BATCH = 16  # clips
@@ -41,6 +46,19 @@ def plain(text: str) -> str:
         if not unicodedata.category(c).startswith("P"):
             kept.append(c)
     return "".join(kept)
+
+
+def language_code(rows: Rows, i: int) -> str:
+    """Row i's language, Dutch, as Whisper's code: nl."""
+    name = rows[i].get("language", "missing")
+    if name.lower() not in TO_LANGUAGE_CODE:
+        raise ValueError(f"{rows.name(i)}: language is {name!r}; need a name such as Dutch")
+    return TO_LANGUAGE_CODE[name.lower()]
+
+
+def draw(rows: Rows, clips: int) -> list[int]:
+    """Numbers of so many rows, the same each time."""
+    return np.random.default_rng(0).permutation(len(rows))[:clips].tolist()
 
 
 def in_batches(numbers):
@@ -77,8 +95,8 @@ def whisper_words(folder, rows: Rows, numbers) -> list[str]:
     for some in in_batches(numbers):
         audio, ids = [], []
         for i in some.tolist():
-            audio.append(rows.audio(i).numpy())
-            language = TO_LANGUAGE_CODE[rows[i]["language"].lower()]
+            audio.append(rows.audio(i, SAMPLE_RATE).numpy())
+            language = language_code(rows, i)
             start = ["startoftranscript", language, "transcribe", "notimestamps"]
             ids.append([tokenizer.token_to_id(f"<|{name}|>") for name in start])
         mel = extractor(audio, sampling_rate=SAMPLE_RATE, return_tensors="pt").input_features
@@ -92,7 +110,7 @@ def our_words(run, rows: Rows, numbers) -> list[str]:
     """Answers of a run's newest checkpoint; short clips first, so that little is padded."""
     model, texts = load_run(run), {}
     for some in in_batches(sorted(numbers, key=lambda i: rows.seconds[i])):
-        audio = [rows.audio(i) for i in some]
+        audio = [rows.audio(i, SAMPLE_RATE) for i in some]
         samples = torch.tensor([len(a) for a in audio])
         questions = [rows[i]["instruction"] for i in some]
         answers = model.generate(pad_sequence(audio, True), samples, questions, LONGEST)
@@ -102,8 +120,8 @@ def our_words(run, rows: Rows, numbers) -> list[str]:
 
 
 def words(a) -> dict:
-    rows = Rows(a.data, splits={"test"})
-    numbers = np.random.default_rng(0).permutation(len(rows))[: a.clips].tolist()
+    rows = Rows(a.data, splits={a.on})
+    numbers = draw(rows, a.clips)
     truths = [plain(rows[i]["answer"]) for i in numbers]
     sides = {}
     for encoder in a.encoder:
@@ -119,6 +137,30 @@ def words(a) -> dict:
     return out | {"examples": examples}
 
 
+def wer(a) -> dict:
+    """Word error rates by uniwhisper.py alone: {manifest: {encoder: {context: ...}}}."""
+    out = {}
+    for path in a.data:
+        rows = Rows([path], splits={a.on})
+        numbers = draw(rows, a.clips)
+        clips = [rows.audio(i, SAMPLE_RATE) for i in numbers]
+        languages = [language_code(rows, i) for i in numbers]
+        truths = [plain(rows[i]["answer"]) for i in numbers]
+        task = {"clips": len(clips), "words": sum(len(t.split()) for t in truths)}
+        out[Path(path).stem] = task
+        for folder in a.encoder:
+            encoder, decoder = load_encoder(folder).eval(), load_decoder(folder)
+            task[folder] = {}
+            for context in "30s", "clip":
+                texts, _, repeats = transcribe_clips(encoder, decoder, clips, languages, context)
+                rate = word_error_rate([plain(t) for t in texts], truths)
+                runaways = sum(map(bool, repeats))
+                task[folder][context] = {"wer": rate, "runaways": runaways}
+                print(f"{path}, {folder}, {context}: {rate:.4f}, {runaways} runaways",
+                      file=sys.stderr, flush=True)
+    return out
+
+
 # ---------------------------------------------------------------- neighbours
 
 def features(folder, rows: Rows) -> np.ndarray:
@@ -129,7 +171,7 @@ def features(folder, rows: Rows) -> np.ndarray:
     table, means, groups = encoder.embed_positions.weight.data, [None] * len(rows), {}
     block = 2 * SAMPLE_RATE
     for i in range(len(rows)):
-        audio = rows.audio(i)
+        audio = rows.audio(i, SAMPLE_RATE)
         groups.setdefault(-(-len(audio) // block) * block, []).append((i, audio.numpy()))
     for size, clips in sorted(groups.items()):
         positions = table[: size // TOKEN]
@@ -167,16 +209,20 @@ def knn(a) -> dict:
 def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=("words", "knn"))
+    p.add_argument("what", choices=("words", "wer", "knn"))
     p.add_argument("--encoder", nargs="+", default=[],
-                   help="whole Whisper folders, such as OUT/encoder")
+                   help="whole Whisper folders, such as OUT/encoder; each is judged under "
+                        "the decoder that lies in it")
     p.add_argument("--run", nargs="+", default=[], help="--out of training runs")
     p.add_argument("--data", nargs="+", required=True)
-    p.add_argument("--clips", type=int, default=300, help="test clips to transcribe (300)")
+    p.add_argument("--on", choices=("valid", "test"), default="test",
+                   help="split of words and wer (test)")
+    p.add_argument("--clips", type=int, default=300,
+                   help="clips to transcribe, of each manifest in wer (300)")
     p.add_argument("--json", help="write the result there")
     a = p.parse_args()
     with torch.inference_mode():
-        result = {"words": words, "knn": knn}[a.what](a)
+        result = {"words": words, "wer": wer, "knn": knn}[a.what](a)
     text = json.dumps(result, indent=1, ensure_ascii=False)
     print(text)
     if a.json:

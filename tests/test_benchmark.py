@@ -47,7 +47,8 @@ def batch(model):
                  samples=torch.tensor([480_000, 480_000]),
                  prompts=[tokenizer.prompt(text) for text in texts],
                  answers=[tokenizer.answer(text) for text in texts],
-                 tasks=["t"] * 2, rows=[0, 1], instructions=texts, texts=texts, skipped=[])
+                 tasks=["t"] * 2, rows=[0, 1], instructions=texts, texts=texts,
+                 languages=["", ""], skipped=[])
 
 
 @pytest.fixture

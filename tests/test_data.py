@@ -25,7 +25,7 @@ import torch
 
 import data
 from conftest import RATE, assert_one_line, noise, tone, write_clip, write_manifest
-from data import (POOL, TEMPLATES, AudioError, Batches, Rows, held_out, loader, next_rows, read_audio, resample,
+from data import (POOL, TEMPLATES, TRANSLATIONS, AudioError, Batches, Rows, held_out, loader, next_rows, read_audio, resample,
                   sample_batches, task_shares)
 
 RATES = [8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 96000]
@@ -42,7 +42,7 @@ def test_resampled_sines_keep_level_and_phase_and_leave_no_images(rate):
     lower = min(rate, RATE) / 2  # the lower Nyquist frequency
     for share in (0.01, 0.3, 0.7, 0.92):
         hertz = share * lower
-        out = resample(sine(hertz, rate), rate).double()[800:-800]
+        out = resample(sine(hertz, rate), rate, RATE).double()[800:-800]
         t = 2 * math.pi * hertz * torch.arange(800, 800 + len(out), dtype=torch.float64) / RATE
         waves = torch.stack((t.sin(), t.cos()), 1)
         fit = torch.linalg.lstsq(waves, out[:, None]).solution[:, 0]
@@ -55,7 +55,7 @@ def test_resampled_sines_keep_level_and_phase_and_leave_no_images(rate):
 @pytest.mark.parametrize("rate", [r for r in RATES if r > RATE])
 def test_frequencies_above_the_new_range_are_gone(rate):
     for hertz in np.linspace(RATE / 2 + 20, rate / 2 - 20, 5):
-        out = resample(sine(hertz, rate), rate)[800:-800]
+        out = resample(sine(hertz, rate), rate, RATE)[800:-800]
         assert 10 * math.log10(out.square().mean() / 0.5 + 1e-20) < -60
 
 
@@ -63,14 +63,14 @@ def test_frequencies_above_the_new_range_are_gone(rate):
 def test_resampled_length_is_rounded_up_for_any_shape(rate):
     for samples in (1, 7, 1000, 12_345):
         audio = torch.randn(2, 3, samples)
-        out = resample(audio, rate)
+        out = resample(audio, rate, RATE)
         assert out.shape == (2, 3, math.ceil(samples * RATE / rate))
-        assert torch.allclose(out[1, 2], resample(audio[1, 2], rate), atol=1e-5)
+        assert torch.allclose(out[1, 2], resample(audio[1, 2], rate, RATE), atol=1e-5)
 
 
 @pytest.mark.parametrize("rate", [11_127, 22_255, 44_101, 95_999])
 def test_an_odd_rate_is_met_within_a_thousandth(rate):
-    out = resample(sine(1000, rate), rate)
+    out = resample(sine(1000, rate), rate, RATE)
     assert abs(len(out) / RATE - 1) < 1e-3
     spectrum = torch.fft.rfft(out[:15_000] * torch.hann_window(15_000)).abs()
     assert abs(spectrum.argmax() * RATE / 15_000 - 1000) <= 1.1
@@ -85,11 +85,12 @@ def test_audio_of_every_format_comes_out_as_16_khz_mono(name, error, rate, chann
         channels = 2
     whole = tone(1.0, 500, rate)
     path = write_clip(tmp_path / name, np.stack([whole * (c + 1) for c in range(channels)], 1), rate)
-    audio = read_audio(path)
+    audio = read_audio(path, RATE)
     assert audio.dtype == torch.float32 and audio.shape == (RATE,)
     expected = torch.from_numpy(tone(1.0, 500)) * (channels + 1) / 2  # the channels' mean
     assert (audio - expected)[800:-800].abs().max() < error
-    assert torch.equal(read_audio(path.read_bytes()), audio) and torch.equal(read_audio(str(path)), audio)
+    assert torch.equal(read_audio(path.read_bytes(), RATE), audio) and torch.equal(read_audio(str(path), RATE), audio)
+    assert read_audio(path).shape == (rate,)  # the file's own
 
 
 def bytes_of(audio, rate=RATE, **how):
@@ -103,7 +104,7 @@ def bytes_of(audio, rate=RATE, **how):
 def test_audio_cut_short_anywhere_is_refused(kind):
     raw = bytes_of(noise(24_000).numpy(), 24_000, **dict(zip(("format", "subtype"), kind.split())))
     n = len(raw)
-    assert read_audio(raw).shape == (16_000,)
+    assert read_audio(raw, RATE).shape == (16_000,)
     for left in (n - 1, n - 2, n - 50, n - 700, n * 3 // 4, n // 2, 100, 30, 4, 1):
         with pytest.raises(AudioError, match="^clip: (cut short|not readable|holds no samples)"):
             read_audio(raw[:left], name="clip")
@@ -146,7 +147,7 @@ def test_a_wav_with_a_wrong_size_is_read_whole(sizes):
 def test_wavs_of_every_coding_are_read_and_found_cut(kind):
     rate = 8000 if kind == "GSM610" else 16_000
     wav = bytes_of(tone(1.0, rate=rate), rate, format="WAV", subtype=kind)
-    assert 1.0 <= len(read_audio(wav)) / RATE < 1.05  # blocks are filled up
+    assert 1.0 <= len(read_audio(wav, RATE)) / RATE < 1.05  # blocks are filled up
     with pytest.raises(AudioError, match="cut short"):
         read_audio(wav[: len(wav) // 2])
 
@@ -909,7 +910,7 @@ def assert_same(a, b):
 
 def test_a_batch_holds_its_rows(untold):
     rows = Rows(untold, answers=True)
-    batch = Batches(rows, Letters())[0, [3, 0, 9]]
+    batch = Batches(rows, Letters(), RATE)[0, [3, 0, 9]]
     assert batch.rows == [3, 0, 9] and batch.tasks == ["pitch"] * 3 and batch.skipped == []
     assert batch.texts == ["note 3", "note 0", "note 9"]
     assert batch.answers == [Letters().answer(t) for t in batch.texts]
@@ -924,7 +925,7 @@ def test_batches_do_not_depend_on_the_number_of_workers(untold):
     rows = Rows(untold, answers=True)
     def stream(workers):
         specs = sampled((rows, rows.where("train")), 1.0, seed=5, start=60)
-        return list(itertools.islice(loader(Batches(rows, Letters(), seed=5), specs, workers), 8))
+        return list(itertools.islice(loader(Batches(rows, Letters(), RATE, seed=5), specs, workers), 8))
     here = stream(0)
     assert len({tuple(b.rows) for b in here}) > 1
     for workers in (1, 2):
@@ -934,16 +935,49 @@ def test_batches_do_not_depend_on_the_number_of_workers(untold):
 
 def test_templates_are_drawn_by_the_seed(untold):
     rows = Rows(untold, answers=True)
-    drawn = lambda seed: [Batches(rows, Letters(), seed)[n, list(range(12))].instructions for n in range(8)]
+    drawn = lambda seed: [Batches(rows, Letters(), RATE, seed)[n, list(range(12))].instructions for n in range(8)]
     assert drawn(1) == drawn(1) != drawn(2)
     assert all(text == "Which note?" for batch in drawn(1) for text in batch[::3])  # a row's own instruction
     assert {text for batch in drawn(1) for i, text in enumerate(batch) if i % 3} == set(TEMPLATES["pitch"])
 
 
+def test_without_other_languages_the_draws_are_those_of_templates_alone(untold):
+    rows = Rows(untold, answers=True)
+    for n in range(5):
+        draw, expected = random.Random(f"7/{n}"), []
+        for i in range(12):
+            expected.append("Which note?" if i % 3 == 0 else draw.choice(TEMPLATES["pitch"]))
+        assert Batches(rows, Letters(), RATE, seed=7)[n, range(12)].instructions == expected
+
+
+def test_each_clip_is_asked_in_english_or_another_language_drawn_by_the_seed(untold):
+    rows = Rows(untold, answers=True)
+
+    def drawn(seed):
+        batches = Batches(rows, Letters(), RATE, seed, languages=("de", "zh"))
+        return [batches[n, range(12)].instructions for n in range(60)]
+
+    assert drawn(1) == drawn(1) != drawn(2)
+    german, chinese = TRANSLATIONS["de"]["pitch"], TRANSLATIONS["zh"]["pitch"]
+    for i, english in ((0, {"Which note?"}), (1, set(TEMPLATES["pitch"]))):
+        told = Counter(texts[k] for texts in drawn(1) for k in range(i, 12, 3))  # 240 clips
+        assert set(told) == {german, chinese} | english
+        assert 55 < told[german] < 105 and 55 < told[chinese] < 105
+
+
+def test_a_task_without_translation_keeps_its_own_instruction(tmp_path):
+    write_clip(tmp_path / "clips/0.wav")
+    lines = [row(task="question"), row(task="birds")]
+    rows = Rows(write_manifest(tmp_path / "m.jsonl", lines), answers=True)
+    batches = Batches(rows, Letters(), RATE, languages=tuple(TRANSLATIONS))
+    for n in range(20):
+        assert batches[n, [0, 1]].instructions == ["Which note?"] * 2
+
+
 def test_unreadable_clips_are_skipped_and_named(untold, tmp_path):
     (tmp_path / "clips/4.wav").unlink()
     (tmp_path / "clips/7.wav").write_text("no audio")
-    batch = Batches(Rows(untold, answers=True), Letters())[0, [3, 4, 7, 8]]
+    batch = Batches(Rows(untold, answers=True), Letters(), RATE)[0, [3, 4, 7, 8]]
     assert batch.rows == [3, 8] and batch.texts == ["note 3", "note 8"]
     assert [task for task, _ in batch.skipped] == ["pitch", "pitch"]
     assert batch.skipped[0][1].startswith(f"{untold}:5 (clips/4.wav): ")
@@ -951,7 +985,7 @@ def test_unreadable_clips_are_skipped_and_named(untold, tmp_path):
 
 
 def test_a_clip_longer_than_allowed_is_skipped_though_its_row_says_less(untold):
-    batch = Batches(Rows(untold, answers=True), Letters(), max_seconds=0.2)[0, [2, 11]]
+    batch = Batches(Rows(untold, answers=True), Letters(), RATE, max_seconds=0.2)[0, [2, 11]]
     assert batch.rows == [2] and "0.3 s, longer than --max-seconds 0.2" in batch.skipped[0][1]
 
 
@@ -960,7 +994,7 @@ def test_an_unreadable_batch_is_replaced_by_the_next_row_of_its_split(tmp_path):
     for i in (1, 2):
         write_clip(tmp_path / f"clips/{i}.wav")
     rows = Rows(write_manifest(tmp_path / "m.jsonl", lines), answers=True)
-    batch = Batches(rows, Letters())[0, [0]]
+    batch = Batches(rows, Letters(), RATE)[0, [0]]
     assert batch.rows == [2] and len(batch.skipped) == 1  # never a held-out row in training
 
 
@@ -971,12 +1005,12 @@ def test_an_unreadable_batch_is_replaced_within_its_tasks(tmp_path):
         write_clip(tmp_path / f"clips/{i}.wav")
     rows = Rows(write_manifest(tmp_path / "m.jsonl", [row(i, task=t) for i, t in enumerate(tasks)]), answers=True)
     with pytest.raises(AudioError, match="2 clips in a row cannot be read"):
-        Batches(rows, Letters())[0, [1]]  # 3 is of the same task
+        Batches(rows, Letters(), RATE)[0, [1]]  # 3 is of the same task
     write_clip(tmp_path / "clips/1.wav")
-    assert Batches(rows, Letters())[0, [3]].rows == [1]  # the one after 3, wrapping round
+    assert Batches(rows, Letters(), RATE)[0, [3]].rows == [1]  # the one after 3, wrapping round
     (tmp_path / "clips/0.wav").unlink()
     (tmp_path / "clips/1.wav").unlink()
-    assert Batches(rows, Letters())[0, [3, 0]].rows == [4]
+    assert Batches(rows, Letters(), RATE)[0, [3, 0]].rows == [4]
 
 
 @pytest.mark.parametrize("rows, tried", [(5, 6), (100, 22)])
@@ -984,7 +1018,7 @@ def test_when_nothing_can_be_read_that_soon_is_an_error(rows, tried, tmp_path, m
     monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
     rows = Rows(write_manifest(tmp_path / "m.jsonl", [row(i) for i in range(rows)]), answers=True)
     with pytest.raises(AudioError) as e:
-        Batches(rows, Letters())[0, [3, 4]]
+        Batches(rows, Letters(), RATE)[0, [3, 4]]
     assert_one_line(e, f"{tried} clips in a row cannot be read; the last: {tmp_path / 'm.jsonl'}:")
 
 
@@ -997,7 +1031,7 @@ class Letters:
     answer = prompt
 rows = data.Rows({manifest!r}, answers=True)
 specs = [(n, list(range(len(rows))) * 20) for n in range(40)]
-loader = data.loader(data.Batches(rows, Letters()), specs, 2)
+loader = data.loader(data.Batches(rows, Letters(), 16_000), specs, 2)
 """
 
 
@@ -1041,13 +1075,22 @@ def test_a_small_shared_memory_is_enough(manifest):
 @pytest.mark.parametrize("free", [0, 2**40])
 def test_a_batch_is_the_same_by_pipe_and_by_shared_memory(free, untold, monkeypatch):
     monkeypatch.setattr(data.shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
-    batches = Batches(Rows(untold, answers=True), Letters())
+    batches = Batches(Rows(untold, answers=True), Letters(), RATE)
     (batch,) = loader(batches, [(0, [1, 2])], 1)
     assert_same(batch, batches[0, [1, 2]])
 
 
 def test_every_template_table_row_has_wordings():
     assert all(texts and all(t.strip() == t and t for t in texts) for texts in TEMPLATES.values())
+
+
+def test_every_language_asks_all_tasks_but_question_in_words_of_its_own():
+    texts = []
+    for translations in TRANSLATIONS.values():
+        assert list(translations) == [task for task in TEMPLATES if task != "question"]
+        assert all(text and text.strip() == text for text in translations.values())
+        texts += set(translations.values())
+    assert len(set(texts)) == len(texts) and len(TRANSLATIONS) == 5
 
 
 # ---------------------------------------------------------------- command line
@@ -1088,7 +1131,7 @@ def test_an_index_holds_the_same_rows(index):
     assert torch.equal(mapped.audio(9), scanned.audio(9)) and mapped.name(9) == scanned.name(9)
     streams = [first((rows, rows.where("train")), 70, 1.0) for rows in (mapped, scanned)]
     assert streams[0] == streams[1]
-    (batch,) = loader(Batches(mapped, Letters()), [(0, [3, 9])], 1)
+    (batch,) = loader(Batches(mapped, Letters(), RATE), [(0, [3, 9])], 1)
     assert batch.texts == ["note 3", "note 3"]
 
 

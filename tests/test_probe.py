@@ -123,11 +123,11 @@ def test_segment_f1_by_hand():
     y, scores = torch.zeros(200, 2, dtype=torch.bool), torch.full((200, 2), -1.0)
     y[10, 0] = y[60, 0] = y[160, 1] = True  # class 0 in segments 0 and 1, class 1 in 3
     scores[45, 0] = scores[120, 0] = scores[199, 1] = 1.0  # class 0 found in 0 and 2, class 1 in 3
-    assert probe.segment_f1(scores, y, clip, 1.0, "macro") == pytest.approx((0.5 + 1) / 2)
-    assert probe.segment_f1(scores, y, clip, 1.0, "micro") == pytest.approx(2 * 2 / 6)
-    assert probe.segment_f1(scores, y, clip, 0.1, "micro") == 0  # 0.1 s: none in the same five tokens
+    assert probe.segment_f1(scores, y, clip, 1.0, "macro", 0.02) == pytest.approx((0.5 + 1) / 2)
+    assert probe.segment_f1(scores, y, clip, 1.0, "micro", 0.02) == pytest.approx(2 * 2 / 6)
+    assert probe.segment_f1(scores, y, clip, 0.1, "micro", 0.02) == 0  # 0.1 s: none in the same five tokens
     # a shorter last segment counts
-    assert probe.segment_f1(scores[:160], y[:160] | (torch.arange(160) == 155)[:, None], clip[:160], 1.0, "micro") < 0.5
+    assert probe.segment_f1(scores[:160], y[:160] | (torch.arange(160) == 155)[:, None], clip[:160], 1.0, "micro", 0.02) < 0.5
     # tokens of 30 ms: 33.3 a second; the second segment of the first clip begins at token 34
     y[:], scores[:] = False, -1.0
     y[33, 0] = scores[0, 0] = True
@@ -169,7 +169,7 @@ def test_metrics_against_scikit_learn():
     pooled = lambda t: t.unflatten(0, (8, 50)).any(1).numpy()
     rare, found = (torch.rand(400, 7, generator=g) < 0.01 for _ in range(2))
     for average in ("micro", "macro"):
-        assert probe.segment_f1(found.float() - 0.5, rare, clip, 1.0, average) == pytest.approx(
+        assert probe.segment_f1(found.float() - 0.5, rare, clip, 1.0, average, 0.02) == pytest.approx(
             metrics.f1_score(pooled(rare), pooled(found), average=average, zero_division=0))
 
 
@@ -303,7 +303,7 @@ def test_choice_is_blind_to_test(tmp_path):
 def test_best_epoch_is_valids_best(tmp_path):
     """By hand: the epoch with the highest valid score is the one whose test score is reported."""
     task, x, clip = noisy_task()
-    y = probe.targets(task, clip)
+    y = probe.targets(task, clip, 0.02)
     train, valid, test = (torch.arange(i, i + 100) for i in (0, 100, 200))
     seen = []
 
@@ -452,7 +452,7 @@ def test_features_do_not_depend_on_the_batch(tmp_path, folder):
     rows = [({"label": "ab"[i % 2], "split": "train"}, tone(500 + 100 * i, 0.2 + 0.37 * i, seed=i)) for i in range(8)]
     (task,) = probe.manifest_tasks(Rows(write_manifest(tmp_path, "mixed", rows)))
     whole = encoder
-    for more in ({}, {"context": "30s"}, {"pool": "mean+std"}, {"layer": 1}):
+    for more in ({}, {"context": "window"}, {"pool": "mean+std"}, {"layer": 1}):
         encoder = probe.open_encoder(folder, more.get("layer"))
         x, clip, _ = probe.extract(encoder, task, settings(tmp_path, **more), quiet)
         alone, _, _ = probe.extract(encoder, task, settings(tmp_path, batch_seconds=0.01, **more), quiet)
@@ -472,7 +472,7 @@ def test_context_crop_and_windows(tmp_path, folder, monkeypatch):
     (task,) = probe.manifest_tasks(Rows(path))
     x, clip, _ = probe.extract(encoder, task, settings(tmp_path), quiet)
     assert x.shape == (2, 24)
-    padded, _, _ = probe.extract(encoder, task, settings(tmp_path, context="30s"), quiet)
+    padded, _, _ = probe.extract(encoder, task, settings(tmp_path, context="window"), quiet)
     assert (padded - x).abs().max() > 1e-3
     audio = Rows(path).audio(1)
     full, _ = encoder.encode(torch.nn.functional.pad(audio, (0, 29 * 16000))[None], torch.tensor([480000]))
@@ -480,7 +480,7 @@ def test_context_crop_and_windows(tmp_path, folder, monkeypatch):
     clock, said = itertools.count(step=11), []  # each look at the clock comes 11 s later
     with monkeypatch.context() as m:
         m.setattr(probe.time, "time", lambda: next(clock))
-        probe.extract(encoder, task, settings(tmp_path, context="30s", batch_seconds=0.01), said.append)
+        probe.extract(encoder, task, settings(tmp_path, context="window", batch_seconds=0.01), said.append)
     assert said[0].startswith("long: 33% encoded")  # 1 s costs 30, 31 s cost 60
     cropped = Task("long", Spec("music", "label", crop=10), task.clips)
     x, clip, _ = probe.extract(encoder, cropped, settings(tmp_path), quiet)
@@ -511,7 +511,7 @@ def test_cache_knows_weights_clips_and_settings(tmp_path, folder):
     assert calls and files() == 2 and not torch.allclose(changed, first)
     weights[3] = was
     assert torch.equal(features(), first) and files() == 2
-    for n, more in enumerate(({"context": "30s"}, {"pool": "mean+std"}, {"precision": "bf16"}), 3):
+    for n, more in enumerate(({"context": "window"}, {"pool": "mean+std"}, {"precision": "bf16"}), 3):
         features(settings(tmp_path, **more))
         assert files() == n
     cut, made = probe.open_encoder(folder, 1), probe.fingerprint(encoder)
@@ -552,6 +552,21 @@ def test_command_line(tmp_path, folder, capsys):
     assert one["averages"]["all"]["knn"] == one["averages"]["music"]["knn_plain"] == 1
     assert saved["settings"]["seeds"] == 2 and saved["settings"]["hidden"] == 256
     assert f"{two['tasks']['notes']['mlp'] - r['mlp']:+.3f}" in text  # the difference to the first
+
+
+def test_clap_is_probed(tmp_path, clap):
+    """Its clips are resampled; classes, tags and events in time are scored."""
+    rows = note_rows(12)
+    rows += [({"task": "tags", "label": [row["label"]], "split": row["split"]}, audio) for row, audio in rows]
+    events = [{"onset": 0.0, "offset": 0.3, "label": "a"}], [{"onset": 0.0, "offset": 0.3, "label": "b"}]
+    rows += [({"task": "events", "events": events[i % 2], "split": split}, tone(500 + 1500 * (i % 2), 0.4, seed=i))
+             for i, split in enumerate(["train"] * 4 + ["valid"] * 2 + ["test"] * 2)]
+    path, out = write_manifest(tmp_path, "notes", rows), tmp_path / "scores.json"
+    assert main("--encoder", clap[0], "--data", path, "--json", out, "--cache", tmp_path / "cache", "--seeds", 1,
+                "--epochs", 40, "--hidden", 0, "--device", "cpu", "--context", "window", "--layer", 3) == 0
+    scores = json.loads(out.read_text())["encoders"][str(clap[0])]["tasks"]
+    assert scores.keys() == {"notes", "tags", "events"} and scores["notes"]["knn"] == 1
+    assert scores["tags"]["knn"] > 0.5 and scores["events"]["mlp"] > 0.5
 
 
 def test_scores_do_not_overwrite_the_manifest(tmp_path, folder):
@@ -684,12 +699,12 @@ def test_xares_frames(tmp_path, folder):
 def test_frame_targets():
     task = make_task(["train"] * 2, [[(0.0, 0.05, "a"), (0.03, 9.0, "b")], [(0.02, 0.04, "a")]],
                      metric="segment F1 macro")
-    hot = probe.targets(task, torch.tensor([0] * 5 + [1] * 3))
+    hot = probe.targets(task, torch.tensor([0] * 5 + [1] * 3), 0.02)
     assert hot[:, 0].tolist() == [1, 1, 1, 0, 0, 0, 1, 0] and hot[:, 1].tolist() == [0, 0, 1, 1, 1, 0, 0, 0]
 
 
 def test_frame_tasks_follow_the_encoders_rate(tmp_path):
-    """Tokens of 50 ms: labels and segments are made at that rate, not at Whisper's 20 ms."""
+    """Tokens of 50 ms count for 50 ms each, not for 20."""
     labels = [[(0.0, 1.0, "a"), (2.0, 3.0, "b")], [(1.0, 2.0, "a")]] * 12
     task = make_task((["train"] * 4 + ["valid"] * 2 + ["test"] * 2) * 3, labels, metric="segment F1 macro", knn=False, batch=1)
     clip = torch.arange(24).repeat_interleave(60)  # 3 s each
@@ -700,6 +715,33 @@ def test_frame_tasks_follow_the_encoders_rate(tmp_path):
     s = settings(tmp_path, epochs=200, hidden=32)
     scored = lambda seconds: probe.score(task, Features(x, clip, []), s, SimpleNamespace(token_seconds=seconds))["mlp"]
     assert scored(0.05) > 0.95 > scored(0.02)
+
+
+def test_coarse_tokens_are_repeated_onto_frames(tmp_path, monkeypatch):
+    """Segments of 0.1 s are shorter than a token of 0.3125 s: none may go unscored, and events keep their times."""
+    frames = probe.frames_of(torch.tensor([0] * 32 + [2] * 3), 0.3125)
+    sizes = torch.bincount(frames)
+    assert len(frames) == 500 + 46 and frames.diff().min() == 0 and frames.diff().max() == 1
+    assert sizes[:32].sum() == 500 and set(sizes[:32].tolist()) == {15, 16} and sizes[32:].sum() == 46
+    assert probe.frames_of(torch.tensor([0, 0, 1]), 0.032).tolist() == [0, 0, 1, 2]
+    assert probe.frames_of(torch.tensor([0] * 5), 0.04).tolist() == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+
+    labels = [[(0.0, 2.5, "a"), (5.0, 7.5, "b")], [(2.5, 5.0, "a")]] * 4  # a token ends at 2.5 s, 5 s, 7.5 s
+    task = make_task(["train"] * 4 + ["valid"] * 2 + ["test"] * 2, labels, metric="segment F1 micro", knn=False, batch=1)
+    clip = torch.arange(8).repeat_interleave(32)
+    hot = probe.targets(task, clip, 0.3125)
+    torch.manual_seed(0)
+    x = (hot.float() @ torch.randn(2, 8) * 9 + torch.randn(8) + 0.1 * torch.randn(len(clip), 8)).half()
+    counted, f1 = [], probe.FRAME_METRICS["segment F1 micro"]
+
+    def count(scores, truth, owner, token_seconds):
+        counted.append((len(owner), token_seconds))
+        return f1(scores, truth, owner, token_seconds=token_seconds)
+
+    monkeypatch.setitem(probe.FRAME_METRICS, "segment F1 micro", count)
+    s = settings(tmp_path, epochs=60, seeds=1, hidden=32)
+    score = probe.score(task, Features(x, clip, []), s, SimpleNamespace(token_seconds=0.3125))
+    assert score["mlp"] > 0.98 and set(counted) == {(2 * 500, 0.02)}
 
 
 def test_xares_table():

@@ -23,12 +23,12 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo  # a run's optimizer would import it: 1.5 s
-from conftest import joint_model, make_tokenizer, tone, write_clip, write_manifest
+from conftest import RATE, joint_model, make_tokenizer, tone, write_clip, write_manifest
 from safetensors.torch import load_file, save_file
 
 import train
-from data import Batches, Rows
-from uniwhisper import load_decoder, load_run
+from data import TEMPLATES, Batches, Rows
+from uniwhisper import export, load_decoder, load_encoder, load_run
 
 HERE = Path(__file__).resolve().parent
 STEPS, FROZEN = 12, 3
@@ -215,7 +215,7 @@ def gradient(world, out, loss, sizes, checkpoint_layers=False):
     out.mkdir()
     rows = Rows(world.data, answers=True)
     model = train.build_model(s, None)
-    batches = Batches(rows, model.decoder.tokenizer)
+    batches = Batches(rows, model.decoder.tokenizer, RATE)
     first = itertools.accumulate(sizes, initial=0)
     specs = [(0, list(range(5 * start, 5 * (start + size), 5))) for start, size in zip(first, sizes)]
     before = {k: p.detach().clone() for k, p in model.named_parameters()}
@@ -229,7 +229,8 @@ def gradient(world, out, loss, sizes, checkpoint_layers=False):
         patch.setattr(train, "learning_rate", lambda *a: 1.0)
         patch.setattr(train, "save_checkpoint", lambda *a: None)
         patch.setattr(train, "catch_signals", list)
-        assert train.train(s, model, train.Log(s, batches, 0), map(batches.__getitem__, specs), dict(step=0))
+        keeper, log = train.Keeper(s, model.encoder), train.Log(s, batches, 0)
+        assert train.train(s, model, keeper, log, map(batches.__getitem__, specs), dict(step=0))
     line = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()][-2]
     moved = {k: p.detach() - before[k] for k, p in model.named_parameters() if p.requires_grad}
     return moved, line["tasks"], line["norm"]
@@ -271,7 +272,7 @@ def test_the_decoder_never_trains(world):
     assert held == trained and id(model.encoder.embed_positions.weight) not in held
     assert not held & {id(p) for p in model.decoder.parameters()}
     assert model.training and not any(m.training for m in model.decoder.modules())
-    train.wrap(s, model)(Batches(Rows(world.data), model.decoder.tokenizer)[0, [0, 1]]).sum().backward()
+    train.wrap(s, model)(Batches(Rows(world.data), model.decoder.tokenizer, RATE)[0, [0, 1]]).sum().backward()
     assert all(p.grad is None for p in model.decoder.parameters())
     assert {id(p) for p in model.parameters() if p.grad is not None} == trained
 
@@ -495,6 +496,33 @@ def test_killed_anywhere_and_resumed_a_run_ends_with_the_same_bits(world, tmp_pa
     assert_same_run(undisturbed.out, out)
 
 
+# ---------------------------------------------------------------- another encoder
+
+def test_clap_trains_resumes_exactly_and_is_exported(world, clap, tmp_path):
+    from transformers import ClapModel
+
+    whole, killed, half = tmp_path / "whole", tmp_path / "killed", tmp_path / "half"
+    same = dict(encoder=clap[0], stack=2, freeze_encoder=0, steps=4, save_every=2, eval_clips=1, questions=1)
+    run = Run(options(world, whole, **same))
+    argv = options(world, killed, **same)
+    assert Run(argv, partial(kill_in_update, 3)).wait().code == -signal.SIGKILL
+    assert "from step 2" in succeed(Run([*argv, "--resume"]), run).out
+    assert_same_run(whole, killed, 4)
+    start, trained = load_encoder(clap[0]), load_run(whole).encoder
+    for name, p in trained.named_parameters():
+        assert not torch.equal(p, start.get_parameter(name)), name
+    for name, b in trained.named_buffers():  # BatchNorm's statistics, for one
+        assert torch.equal(b, start.get_buffer(name)), name
+    export(SimpleNamespace(run=whole, folder=half, blend=0.5))
+    for folder, share in ((whole / "encoder", 1.0), (half, 0.5)):
+        theirs, report = ClapModel.from_pretrained(folder, output_loading_info=True)
+        assert not report["missing_keys"] and not report["unexpected_keys"]
+        for name, p in theirs.audio_model.named_parameters():
+            between = torch.lerp(start.get_parameter(name), trained.get_parameter(name), share)
+            assert torch.allclose(p, between, rtol=0, atol=1e-7), name
+        assert same_bits(theirs.text_model.state_dict(), clap[1].text_model.state_dict())
+
+
 # ---------------------------------------------------------------- other decoders, and those that train
 
 def moved(module, start) -> set[str]:
@@ -569,6 +597,102 @@ def test_ranks_train_a_decoder_as_one_process_does(world, talking_whisper, tmp_p
     one = Run(options(world, tmp_path / "one", **same, accumulate=2))
     succeed(one, *start_ranks(options(world, tmp_path / "two", **same)))
     assert_close_runs(tmp_path / "one", tmp_path / "two", 3)
+
+
+# ---------------------------------------------------------------- what keeps speech
+
+def with_language(world, folder, language):
+    """The manifest again, its rows of `level` with a language."""
+    rows = [row | dict(audio=str(world.folder / row["audio"])) for row in world.rows]
+    for row in rows:
+        if row["task"] == "level" and language is not None:
+            row["language"] = language
+    return write_manifest(folder / "words.jsonl", rows)
+
+
+@pytest.fixture
+def kept(world, talking_whisper, tmp_path):
+    """(settings, model, rows, a batch, its clips of `level`) of a run with --hold and --words."""
+    s = train.parse(options(world, tmp_path, encoder=talking_whisper[0], hold="level", words="level", words_weight=3,
+                            hold_weight=2, loss="example", freeze_encoder=1, batch_seconds=17,
+                            data=with_language(world, tmp_path, "Dutch")))
+    model, rows = train.build_model(s, None), train.open_rows(s)
+    batch = Batches(rows, model.decoder.tokenizer, RATE)[0, [0, 17, 40, 41, 42]]
+    clips = [i for i, task in enumerate(batch.tasks) if task == "level"]
+    assert len(clips) == 3
+    return s, model, rows, batch, clips
+
+
+def features_of(encoder, batch, i, silence):
+    """Clip i by itself; with silence, in the whole window."""
+    audio = batch.audio[i : i + 1, : batch.samples[i]]
+    return encoder.encode(audio, torch.tensor([480_000]) if silence else None)
+
+
+@pytest.mark.parametrize("step", [3, 4])
+def test_whispers_decoder_reads_the_clips_of_words_too(kept, step):
+    s, model, rows, batch, clips = kept
+    keeper = train.Keeper(train.replace(s, hold=()), model.encoder)
+    decoder = keeper.reader.decoder
+    assert keeper.reader.encoder is model.encoder and not any(p.requires_grad for p in decoder.parameters())
+    chosen = clips if step == 3 else keeper.some(clips, 30, step)  # 17 s a batch: one clip of 30 s
+    assert len(chosen) == (3 if step == 3 else 1)
+    total = 0.0
+    for i in chosen:
+        answer = decoder.tokenizer.answer(batch.texts[i])
+        states = decoder.answer_states(*features_of(model.encoder, batch, i, step == 4),
+                                       [decoder.tokenizer.transcription("nl")], [answer])
+        total += torch.nn.functional.cross_entropy(decoder.unembed(states), torch.tensor(answer)) / len(chosen)
+    added = keeper.losses(rows, batch, step)
+    assert added.item() == pytest.approx(3 * 3 * total.item(), rel=1e-4)
+    assert keeper.losses(rows, train.replace(batch, tasks=["height"] * 5), step) == 0
+    assert keeper.losses(rows, batch, 1) == 0  # the adapter trains alone
+
+
+@pytest.mark.parametrize("step", [3, 4])
+def test_features_of_hold_stay_near_the_untouched_ones_in_silence(kept, step):
+    s, model, rows, batch, clips = kept
+    keeper = train.Keeper(train.replace(s, words=()), model.encoder)
+    chosen, total = keeper.some(clips, 8, step), 0.0
+    assert len(chosen) == 2
+    untouched = load_encoder(s.encoder)
+    with torch.no_grad():
+        model.encoder.layers[0].fc1.weight.mul_(1.3)
+    for i in chosen:
+        y, _ = features_of(untouched, batch, i, True)
+        x, lengths = features_of(model.encoder, batch, i, step == 4)
+        y = y[:, : int(lengths)]
+        total += (x - y).square().sum() / y.square().sum() / 2
+    added = keeper.losses(rows, batch, step)
+    assert added.item() == pytest.approx(2 * 3 * total.item(), rel=1e-4) and added > 0.001
+    by_token = train.Keeper(train.replace(s, words=(), loss="token"), model.encoder).losses(rows, batch, step)
+    tokens = sum(len(batch.answers[i]) for i in clips)
+    assert by_token.item() == pytest.approx(added.item() * tokens / 3, rel=1e-4)
+    added.backward()
+    assert model.encoder.conv1.weight.grad is not None and keeper.untouched.conv1.weight.grad is None
+
+
+def test_what_keeps_speech_resumes_exactly_and_on_ranks_is_as_in_one_process(world, talking_whisper, tmp_path):
+    same = dict(data=with_language(world, tmp_path, "nl"), encoder=talking_whisper[0], words="level", hold="height",
+                freeze_encoder=1, steps=5, save_every=1, log_every=1, eval_every=5)
+    one, argv = Run(options(world, tmp_path / "one", **same, accumulate=2)), options(world, tmp_path / "two", **same)
+    killed = options(world, tmp_path / "killed", **same, accumulate=2)
+    assert Run(killed, partial(kill_in_update, 3)).wait().code == -signal.SIGKILL
+    succeed(one, Run([*killed, "--resume"]), *start_ranks(argv))
+    assert_same_run(tmp_path / "one", tmp_path / "killed", 5)
+    assert_close_runs(tmp_path / "one", tmp_path / "two", 5)
+    for changes in (dict(words=None), dict(hold=None)):
+        out = tmp_path / str(len(changes) + ("hold" in changes))
+        succeed(Run(options(world, out, **same | changes, accumulate=2)))
+        assert not same_bits(weights(tmp_path / "one", 5), weights(out, 5))
+
+
+@pytest.mark.parametrize("language, says", [(None, "language is ''"), ("Klingon", "language is 'Klingon'")])
+def test_words_need_a_language_that_whisper_knows(world, talking_whisper, tmp_path, language, says):
+    data = with_language(world, tmp_path, language)
+    said = Run(options(world, tmp_path / "out", data=data, encoder=talking_whisper[0], words="level",
+                       freeze_encoder=0)).fail()
+    assert says in said and "words.jsonl" in said and "--words" in said
 
 
 # ---------------------------------------------------------------- stopped, lengthened, started from another
@@ -705,6 +829,32 @@ def test_resume_wants_the_same_settings(undisturbed, world, tmp_path, capsys):
     assert f"{trainer} is damaged" in error(capsys, *options(world, out, resume=True))
 
 
+def tell_instructions():
+    """A run's patch: each update prints what it asks."""
+    summed = train.weighted_sum
+
+    def tell(s, batch, losses):
+        for text in batch.instructions:
+            print("asked:", text)
+        return summed(s, batch, losses)
+
+    train.weighted_sum = tell
+
+
+def test_other_languages_ask_in_training_alone(undisturbed, world, tmp_path, capsys):
+    out = tmp_path / "run"
+    said = succeed(Run(options(world, out, languages=["de", "ru"], steps=6), tell_instructions)).out
+    asked = {line.removeprefix("asked: ") for line in said.splitlines() if line.startswith("asked: ")}
+    assert asked == {"How high?", "How loud?", "Was ist zu hören?", "Что слышно?", *TEMPLATES["sound_event"]}
+    assert "asked in English alone (TRANSLATIONS in data.py): height, level\n" in said
+    usual = metrics(undisturbed.out)
+    assert metrics(out)[:2] == usual[:2]  # held-out losses and answers before training
+    questions = [[a["instruction"] for a in line["answers"]] for line in metrics(out) if "answers" in line]
+    assert questions == [[a["instruction"] for a in usual[1]["answers"]]] * 2
+    text = error(capsys, *options(world, out, resume=True, languages=["ru"], steps=6))
+    assert "languages was ['de', 'ru'], is ['ru']" in text
+
+
 def test_a_valid_split_that_no_row_has_is_said(world, tmp_path):
     run = succeed(Run(options(world, tmp_path / "run", valid_split="dev", steps=1)))
     assert "no row has split 'dev' (--valid-split): no held-out loss" in run.out
@@ -751,7 +901,7 @@ def test_an_evaluation_forks_nothing(world, monkeypatch):
     rows = Rows(world.data, answers=True)
     model = train.build_model(s, None)
     monkeypatch.setattr(os, "fork", lambda: pytest.fail("forked"))
-    assert train.evaluate(s, model, Batches(rows, model.decoder.tokenizer)).keys() == set(rows.tasks)
+    assert train.evaluate(s, model, Batches(rows, model.decoder.tokenizer, RATE)).keys() == set(rows.tasks)
 
 
 # ---------------------------------------------------------------- guards
@@ -857,6 +1007,7 @@ def test_an_error_in_a_worker_is_one_line(world, tmp_path):
     (dict(steps=0), "--steps is 0"),
     (dict(stack=0, freeze_encoder=0), "stack is 0, no adapter, but the encoder is 48 wide and the decoder 56"),
     (dict(stack=0), "--stack 0 is no adapter, which --freeze-encoder would train alone"),
+    (dict(hold="speech"), "no row has task 'speech'"),
     (dict(lr_decoder=-1), "--lr-decoder is -1"),
     (dict(batch_seconds=-1), "--batch-seconds is -1"),
     (dict(grad_clip=0), "--grad-clip is 0"),
@@ -915,6 +1066,7 @@ def test_bad_weights(world, tmp_path, capsys):
     (["--step", "3"], "unrecognized arguments"),
     (["--loss", "word"], "invalid choice"),
     (["--device", "tpu"], "invalid choice"),
+    (["--languages", "de", "xx"], "argument --languages: invalid choice: 'xx'"),
     (["--steps", "many"], "invalid int value"),
 ])
 def test_unknown_flags_are_errors(capsys, flags, says):

@@ -1,8 +1,11 @@
 """uniwhisper.py against transformers on the same weights; masks, loss, generation, folders, command line."""
+import ast
 import json
+import re
 import shutil
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import uniwhisper
 from conftest import (RATE, VOCABULARY, assert_one_line, joint_model, make_qwen, make_tokenizer, noise, tone, write_clip,
                       write_manifest)
-from uniwhisper import (ChatTokenizer, QwenDecoder, WhisperDecoder, WhisperEncoder, encoder_lengths, load_decoder,
+from data import read_audio
+from uniwhisper import (ChatTokenizer, QwenDecoder, WhisperDecoder, WhisperEncoder, clap_mel, encoder_lengths, load_decoder,
                         load_encoder, load_run, log_mel_spectrogram, newest_checkpoint, token_mask)
 
 WINDOW = 30 * RATE
@@ -245,6 +249,11 @@ def test_without_a_gradient_clips_pass_a_few_at_a_time(whisper, monkeypatch):
             features, tokens = encoder.encode(audio, samples)
         assert calls == expected and tokens.equal(lengths)
         assert_close(features, whole.detach(), 1e-5)
+    calls.clear()
+    monkeypatch.setattr(uniwhisper, "SECONDS_AT_ONCE", 30)
+    with torch.no_grad():
+        encoder.encode(torch.zeros(40, RATE))
+    assert calls == [30, 10]  # by their own length
 
 
 def test_the_module_works_beside_others_of_the_same_names(whisper, tmp_path):
@@ -272,6 +281,176 @@ def test_too_many_frames_or_layers_are_refused(whisper):
         encoder(torch.zeros(1, 80, 3002))
     with pytest.raises(ValueError, match="layer is 3; this encoder has layers 0 to 2"):
         encoder.keep_layers(3)
+
+
+@pytest.mark.parametrize("file", ["data.py", "train.py", "probe.py"])
+def test_only_the_encoder_knows_whispers_name_and_numbers(file):
+    """Rates, hops, windows and seconds a token are an encoder's attributes."""
+    allowed = "TEXT_TOKEN_COST = 0.08", "FRAME_SECONDS = 0.02"
+    numbers = {16_000, 480_000, 160, 320, 1500, 3000, 0.02, 0.08}
+    with open(Path(uniwhisper.__file__).with_name(file)) as f:
+        for token in tokenize.generate_tokens(f.readline):
+            if token.type == tokenize.NUMBER and not token.line.startswith(allowed):
+                assert ast.literal_eval(token.string) not in numbers, token.line
+            if token.type == tokenize.NAME:
+                named = re.search("(?i)(?<!uni)whisper|clap", token.string)
+                assert not named and token.string not in ("SAMPLE_RATE", "TOKEN", "HOP", "CHUNK"), token.line
+
+
+# ---------------------------------------------------------------- CLAP's encoder
+
+CLAP_RATE = 48_000
+CLAP_CLIPS = {
+    "noise": lambda: noise(10 * CLAP_RATE, level=0.2),
+    "quiet": lambda: noise(10 * CLAP_RATE, level=1e-4),
+    "tone": lambda: torch.from_numpy(tone(10, 997.0, CLAP_RATE)),
+    "click at the end": lambda: F.one_hot(torch.tensor(10 * CLAP_RATE - 1), 10 * CLAP_RATE).float(),
+}
+
+
+def clap_input(folder, *clips):
+    """The mels (B, 1, 1001, 64) that transformers makes of clips."""
+    extractor = transformers.ClapFeatureExtractor.from_pretrained(folder)
+    made = extractor([clip.numpy() for clip in clips], sampling_rate=CLAP_RATE, return_tensors="pt")
+    return made.input_features
+
+
+@pytest.mark.parametrize("clip", CLAP_CLIPS)
+def test_claps_mel_equals_transformers(clap, clip):
+    audio = CLAP_CLIPS[clip]()
+    ours, theirs = clap_mel(audio[None]), clap_input(clap[0], audio)
+    far = (ours - theirs).abs()  # dB, of 100; theirs is computed in float64
+    assert ours.shape == (1, 1, 1001, 64) and far.max() < 0.05 and far.mean() < 1e-3
+
+
+def test_claps_features_equal_transformers(clap, tmp_path):
+    """Of 10 s, and of a clip that is repeated; from a whole CLAP and from one of audio alone."""
+    folder, theirs = clap
+    theirs.audio_model.save_pretrained(tmp_path)
+    clips = noise(10 * CLAP_RATE), noise(100_000, seed=1)
+    with torch.no_grad():
+        made = theirs.audio_model(clap_input(folder, *clips))
+        grid = made.last_hidden_state  # (B, D, 2 bins, 32 steps)
+        for source in (folder, tmp_path):
+            encoder = load_encoder(source)
+            audio = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True)
+            features, lengths = encoder.encode(audio, torch.tensor([480_000, 100_000]))
+            assert lengths.tolist() == [32, 7] and encoder.width == 64
+            assert encoder.token_seconds == 0.3125 and encoder.sample_rate == CLAP_RATE
+            assert_close(features[0], grid[0].mean(1).T)
+            assert_close(features[1, :7], grid[1].mean(1).T[:7])
+            assert not features[1, 7:].any()
+            assert_close(encoder.pooled(clips[0])[0], made.pooler_output[0])
+
+
+@pytest.mark.parametrize("stages", range(5))
+def test_claps_features_after_a_stage_equal_transformers(clap, stages):
+    encoder, theirs = load_encoder(clap[0]), clap[1].audio_model
+    encoder.keep_layers(stages)
+    audio = noise(10 * CLAP_RATE)
+    with torch.no_grad():
+        features, lengths = encoder.encode(audio)
+        grid = theirs(clap_input(clap[0], audio), output_hidden_states=True).hidden_states[stages]
+    bins, steps = grid.shape[2] // 4, 4 * grid.shape[3]
+    expected = grid.unflatten(2, (4, bins)).mean(3).flatten(2).transpose(1, 2)  # (1, T, D)
+    if stages == 4:
+        expected = theirs.audio_encoder.norm(grid.flatten(2).transpose(1, 2)).detach()
+        expected = expected.unflatten(1, (4, 2, 8)).mean(2).flatten(1, 2)
+    assert lengths.tolist() == [steps] == [10 / encoder.token_seconds]
+    assert features.shape[2] == encoder.width
+    assert_close(features, expected)
+
+
+def test_claps_features_of_a_clip_do_not_depend_on_its_batch_or_mode(clap):
+    encoder = load_encoder(clap[0])
+    lengths = [12 * CLAP_RATE, 1, 30_011, 10 * CLAP_RATE + 7_000]
+    clips = [noise(n, seed=n, level=10.0 ** -i) for i, n in enumerate(lengths)]
+    audio = torch.nn.utils.rnn.pad_sequence(clips, batch_first=True)
+    encoder.train()
+    assert not any(m.training for m in encoder.modules())
+    with torch.no_grad():
+        features, tokens = encoder.encode(audio, torch.tensor(lengths))
+        assert tokens.tolist() == [38, 1, 2, 32]
+        for i, clip in enumerate(clips):
+            windows = clip.split(480_000)[: 2 if tokens[i] > 32 else 1]
+            alone = torch.cat([encoder.encode(window)[0][0] for window in windows])
+            assert_close(features[i, : tokens[i]], alone, 1e-5)
+            assert not features[i, tokens[i]:].any()
+        for many, sizes in ((24, [24]), (25, [24, 1])):  # each fills a window, of 10 s
+            assert [len(clips) for clips in encoder.pieces(torch.arange(many), 1)] == sizes
+        silent, _ = encoder.encode(clips[2], pad_to_window=True)
+        padded, _ = encoder.encode(F.pad(clips[2], (0, 480_000 - len(clips[2]))))
+        assert_close(silent[0], padded[0, :2], 1e-5)
+        assert (silent[0] - features[2, :2]).abs().max() > 0.01
+
+
+def test_claps_activations_can_be_recomputed(clap):
+    encoder, gradients = load_encoder(clap[0]), []
+    for recompute in (False, True):
+        encoder.zero_grad()
+        encoder.checkpoint_layers = recompute
+        encoder.encode(noise(60_000))[0].square().sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in encoder.parameters()]))
+    assert gradients[0].any() and torch.equal(*gradients)
+
+
+def test_saved_clap_loads_in_transformers_with_its_text_side(clap, tmp_path):
+    folder, theirs = clap
+    encoder = load_encoder(folder)
+    with torch.no_grad():
+        for p in encoder.layers.parameters():
+            p.mul_(1.1)
+    checkpoint, out = tmp_path / "checkpoint", tmp_path / "out"
+    encoder.save(checkpoint)
+    alone = transformers.ClapAudioModel.from_pretrained(checkpoint)
+    load_encoder(checkpoint).save(out, folder)
+    whole = transformers.ClapModel.from_pretrained(out)
+    ids, mel = torch.arange(7)[None], clap_input(out, noise(480_000))
+    with torch.no_grad():
+        features = encoder.encode(noise(480_000))[0][0]
+        for model in (alone, whole.audio_model):
+            assert_close(model(mel).last_hidden_state[0].mean(1).T, features)
+        text = whole.get_text_features(ids).pooler_output
+        assert torch.equal(text, theirs.get_text_features(ids).pooler_output)
+    assert torch.equal(whole.audio_projection.linear1.weight, theirs.audio_projection.linear1.weight)
+
+
+def edit_audio_config(**changes):
+    def spoil(folder):
+        config = json.loads((folder / "config.json").read_text())
+        config["audio_config"] |= changes
+        (folder / "config.json").write_text(json.dumps(config))
+    return spoil
+
+
+CLAP_FAULTS = {
+    "fused": (edit_audio_config(enable_fusion=True), "config.json: enable_fusion is True; need False"),
+    "mels": (edit_audio_config(num_mel_bins=80), "config.json: num_mel_bins is 80; need 64"),
+    "depths": (edit_audio_config(depths="two"), "config.json is damaged (Validation error"),
+    "weights": (edit_audio_config(depths=[1, 1, 1, 1]), "weights do not fit: "),
+    "sound": (lambda folder: (folder / "preprocessor_config.json").write_text('{"truncation": "fusion"}'),
+              "preprocessor_config.json: truncation is 'fusion'; need 'rand_trunc'"),
+    "processor": (lambda folder: (folder / "processor_config.json").write_text('{"feature_extractor": {"hop_length": 320}}'),
+                  "processor_config.json: hop_length is 320; need 480"),
+}
+
+
+@pytest.mark.parametrize("fault", CLAP_FAULTS)
+def test_a_clap_folder_that_is_not_computed_gives_one_clear_line(clap, tmp_path, fault):
+    spoil, says = CLAP_FAULTS[fault]
+    shutil.copytree(clap[0], tmp_path, dirs_exist_ok=True)
+    spoil(tmp_path)
+    with pytest.raises(ValueError) as e:
+        load_encoder(tmp_path)
+    assert_one_line(e, str(tmp_path), says)
+
+
+def test_clap_without_transformers_is_one_line_and_without_its_layers_too(clap, monkeypatch):
+    with pytest.raises(ValueError, match="layer is 5; this encoder has layers 0 to 4"):
+        load_encoder(clap[0]).keep_layers(5)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ValueError, match="^CLAP needs transformers: pip install transformers$"):
+        load_encoder(clap[0])
 
 
 # ---------------------------------------------------------------- decoder
@@ -417,6 +596,52 @@ def test_whispers_greedy_answers_equal_transformers(kind, request):
     until = [row[: next((i for i, t in enumerate(row) if t in decoder.tokenizer.stop), None)] for row in free]
     assert decoder.generate(audio, lengths, prompts, 12) == until
     assert decoder.generate(audio, lengths, prompts, 0) == [[], [], []]
+
+
+def suppressing(folder, source, **lists):
+    """A copy of a whole Whisper whose generation_config.json holds these lists and what `generate` asks for."""
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    t = load_decoder(source).tokenizer
+    settings = {"eos_token_id": t.end, "pad_token_id": t.end, "decoder_start_token_id": t.start, "max_length": 448,
+                "no_timestamps_token_id": t.tokenizer.token_to_id("<|notimestamps|>"), "is_multilingual": t.multilingual}
+    if t.multilingual:
+        settings["lang_to_id"] = {f"<|{code}|>": i for code, i in t.languages.items()}
+        settings["task_to_id"] = {"transcribe": t.tokenizer.token_to_id("<|transcribe|>")}
+    (folder / "generation_config.json").write_text(json.dumps(settings | lists))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transcripts_hold_nothing_suppressed_as_in_transformers(kind, request, tmp_path):
+    source, _ = request.getfixturevalue(kind)
+    encoder, tokenizer, mel = load_encoder(source).eval(), load_decoder(source).tokenizer, log_mel_spectrogram(noise(WINDOW)[None])
+    with torch.no_grad():
+        heard = encoder(mel), torch.tensor([1500])
+    prompt = tokenizer.transcription("nl" if tokenizer.multilingual else "en")
+    told = dict(language="nl", task="transcribe") if tokenizer.multilingual else {}
+    seen, lists = [], {}
+    for _ in range(2):  # then without what was said first, and third
+        suppressing(tmp_path, source, **lists)
+        decoder = load_decoder(tmp_path)
+        theirs = transformers.WhisperForConditionalGeneration.from_pretrained(tmp_path)
+        expected = theirs.generate(mel, num_beams=1, max_new_tokens=12, **told)[0].tolist()
+        expected = [i for i in expected[-12:] if i not in prompt and i != tokenizer.end]
+        ours = decoder.generate(*heard, [prompt], 12, transcript=True)[0]
+        assert ours == expected
+        seen.append(ours)
+        lists = dict(suppress_tokens=[ours[2]], begin_suppress_tokens=[ours[0]])
+    assert seen[0] != seen[1] and seen[0][2] not in seen[1] and seen[0][0] != seen[1][0]
+    assert decoder.generate(*heard, [prompt], 12)[0] == seen[0]  # an answer may hold anything
+
+
+def test_what_is_suppressed_is_read_as_in_transformers(talking_whisper, tmp_path):
+    shutil.copytree(talking_whisper[0], tmp_path, dirs_exist_ok=True)
+    edit_config(suppress_tokens=[5, 6], begin_suppress_tokens=[7, 60_000])(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"suppress_tokens": [9]}')
+    decoder = load_decoder(tmp_path)
+    assert decoder.suppressed == [9] and decoder.suppressed_first == []
+    (tmp_path / "generation_config.json").unlink()
+    decoder = load_decoder(tmp_path)
+    assert decoder.suppressed == [5, 6] and decoder.suppressed_first == [7]  # there is no 60,000
 
 
 def test_whispers_states_of_a_clip_depend_on_nothing_beside_it(talking_whisper):
@@ -710,6 +935,8 @@ BAD_FOLDERS = {  # what is done to a good folder, and what the one line must nam
 
 
 BAD_WHISPERS = {
+    "suppressed": (lambda folder: (folder / "generation_config.json").write_text('{"suppress_tokens": [1, "a"]}'),
+                   "generation_config.json: suppress_tokens is [1, 'a']; need a list of ids"),
     "lacks a token": (tokenizer_of("<|translate|>"), "lacks the token <|startoftranscript|>"),
     "scaled embeddings": (edit_config(scale_embedding=True), "scale_embedding is True"),
     "another activation": (edit_config(activation_function="relu"), "activation_function is 'relu'"),
@@ -922,6 +1149,16 @@ def test_encode_writes_the_features_of_each_clip(whisper, tmp_path, monkeypatch,
     assert_close(features[str(a)], expected.detach(), 1e-3)  # 16 bits in the file
 
 
+def test_encode_takes_clap(clap, tmp_path, monkeypatch):
+    a = write_clip(tmp_path / "a.wav", tone(1.0))  # at 16 kHz
+    for more, shape in (([], (3, 64)), (["--pool"], (64,))):
+        command(monkeypatch, "encode", a, "--encoder", clap[0], "--out", tmp_path / "f.safetensors", *more)
+        features = load_file(tmp_path / "f.safetensors")[str(a)]
+        assert features.shape == shape
+        expected = load_encoder(clap[0]).encode(read_audio(a, CLAP_RATE))[0][0].detach()
+        assert_close(features, expected.mean(0) if more else expected, 1e-5)
+
+
 def test_features_that_cannot_be_written_are_one_line(whisper, tmp_path, monkeypatch):
     clip = write_clip(tmp_path / "a.wav")
     (tmp_path / "file").write_text("")
@@ -984,36 +1221,74 @@ def test_languages_are_detected_as_the_most_probable(talking_whisper, english_wh
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """Whisper's decoder says what it is told, a text a window; notes the prompts and the audio tokens it gets."""
+    """Whisper's decoder says what it is told, a text a window; notes each batch's prompts and audio tokens."""
     texts, heard = [], []
 
-    def greedy(self, read, embeds, chats, max_new_tokens, stop_repeats=False):
-        assert stop_repeats and max_new_tokens == 448 - len(chats[0])
-        heard.append((chats[0], read.args[0][0][0][0].shape[2]))
-        ids, said = self.tokenizer.answer(texts[len(heard) - 1]), []
-        for token in ids[:-1]:
-            said.append(token)
-            if uniwhisper.repeated(said):
-                break
-        return [said]
+    def greedy(self, read, embeds, chats, max_new_tokens, transcript=False):
+        assert transcript and max_new_tokens == 448 - len(chats[0])
+        (audio_keys, mask), answers = read.args[0], []
+        lengths = [audio_keys[0][0].shape[2]] * len(chats) if mask is None else mask.sum((1, 2, 3)).tolist()
+        heard.append(list(zip(chats, lengths)))
+        for _ in chats:
+            answers.append([])
+            for token in self.tokenizer.answer(texts.pop(0))[:-1]:
+                answers[-1].append(token)
+                if uniwhisper.repeated(answers[-1]):
+                    break
+        return answers
 
     monkeypatch.setattr(WhisperDecoder, "greedy", greedy)
     return texts, heard
 
 
-@pytest.mark.parametrize("context, last", [("30s", 1500), ("clip", 100)])
+@pytest.mark.parametrize("context, lengths", [
+    ("30s", [[1500, 1500], [1500, 1500]]),
+    ("clip", [[100, 1500], [100, 1500]]),
+])
 def test_transcribe_says_each_window_in_the_language_given(talking_whisper, tmp_path, monkeypatch, capsys, scripted,
-                                                           context, last):
+                                                           context, lengths):
     texts, heard = scripted
-    texts += ["een hond", "en een kat", "blaft"]
+    texts += ["kort", "een hond", "blaft", "en een kat"]  # first windows first, short ones first
     long, short = write_clip(tmp_path / "long.wav", tone(62)), write_clip(tmp_path / "short.wav", tone(2))
-    texts.append("kort")
     command(monkeypatch, "transcribe", long, short, "--encoder", talking_whisper[0], "--language", "nl",
             "--context", context)
     said = capsys.readouterr()
     assert said.out == f"{long}: een hond en een kat blaft\n{short}: kort\n" and not said.err
     prompt = load_decoder(talking_whisper[0]).tokenizer.transcription("nl")
-    assert heard == [(prompt, 1500), (prompt, 1500), (prompt, last), (prompt, last)]
+    assert heard == [[(prompt, length) for length in batch] for batch in lengths]
+
+
+@pytest.mark.parametrize("context", ["30s", "clip"])
+def test_a_batch_changes_no_transcript(talking_whisper, monkeypatch, context):
+    encoder, decoder = load_encoder(talking_whisper[0]).eval(), load_decoder(talking_whisper[0])
+    decoder.window = 24
+    monkeypatch.setattr(decoder.tokenizer, "decode", str)  # random weights say few letters, but many ids
+    monkeypatch.setattr(uniwhisper, "WINDOWS", 3)
+    clips = [noise(n, seed=n) for n in (9_000, WINDOW + 7_000, 500, 31_000)]
+    languages = ["nl", "", "", "el"]
+    with torch.inference_mode():
+        decoder.embed_positions.weight.mul_(20)  # else they repeat themselves
+        together = uniwhisper.transcribe_clips(encoder, decoder, clips, languages, context)
+        for audio, language, *said in zip(clips, languages, *together):
+            alone = uniwhisper.transcribe_clips(encoder, decoder, [audio], [language], context)
+            assert [[value] for value in said] == list(alone)
+    texts, found, _ = together
+    assert len(set(texts)) > 2 and texts[1].count("[") == 2
+    assert found[0] == "nl" and found[1] in decoder.tokenizer.languages and found[3] == "el"
+
+
+def test_transcribe_keeps_the_order_of_its_arguments(talking_whisper, tmp_path, monkeypatch, capsys):
+    paths = [write_clip(tmp_path / f"{n}.wav", tone(seconds)) for n, seconds in enumerate((0.3, 0.1, 0.4, 0.2))]
+    (gone := tmp_path / "gone.wav").write_text("no sound")
+    monkeypatch.setattr(uniwhisper, "WINDOWS", 2)
+    monkeypatch.setattr(uniwhisper, "transcribe_clips", lambda encoder, decoder, clips, *_: (
+        [str(len(clip)) for clip in clips], clips, [[]] * len(clips)))
+    with pytest.raises(SystemExit) as e:
+        command(monkeypatch, "transcribe", paths[0], gone, *paths[1:], paths[0], "--encoder", talking_whisper[0])
+    assert_one_line(e, f"error: skipped: {gone}")
+    samples = [4800, 1600, 6400, 3200, 4800]
+    lines = [f"{path}: {n}" for path, n in zip([*paths, paths[0]], samples)]
+    assert capsys.readouterr().out.splitlines() == lines
 
 
 def test_transcribe_stops_a_repetition_and_says_so(talking_whisper, tmp_path, monkeypatch, capsys, scripted):
@@ -1028,10 +1303,10 @@ def test_transcribe_stops_a_repetition_and_says_so(talking_whisper, tmp_path, mo
 
 def test_greedy_answers_stop_at_a_repetition(talking_whisper, monkeypatch):
     decoder = load_decoder(talking_whisper[0])
-    monkeypatch.setattr(decoder, "unembed", lambda states: F.one_hot(torch.full(states.shape[:1], 9), 20))
+    monkeypatch.setattr(decoder, "unembed", lambda states: F.one_hot(torch.full(states.shape[:1], 9), 60000).float())
     audio, lengths = torch.randn(2, 5, 48), torch.tensor([5, 4])
     assert decoder.generate(audio, lengths, [[1]] * 2, 50) == [[9] * 50] * 2
-    assert decoder.generate(audio, lengths, [[1]] * 2, 50, stop_repeats=True) == [[9] * 32] * 2
+    assert decoder.generate(audio, lengths, [[1]] * 2, 50, transcript=True) == [[9] * 32] * 2
 
 
 def test_transcribe_equals_transformers(english_whisper, tmp_path, monkeypatch, capsys):
@@ -1096,6 +1371,21 @@ def test_export_writes_the_newest_encoder_or_a_blend(run, whisper, tmp_path, mon
     share = 1 if blend is None else blend
     assert torch.allclose(theirs.encoder.layers[0].fc1.weight, start * (1 + share * (1.2**2 - 1)), atol=1e-6)
     assert torch.equal(theirs.decoder.layers[0].fc1.weight, whisper[1].decoder.layers[0].fc1.weight)
+
+
+def test_export_writes_a_model_card_with_the_runs_own_scores(run, whisper, tmp_path, monkeypatch):
+    edit_config(tasks={"drum": 326, "voice": 567}, hours=0.44)(run)
+    (Path(whisper[0]) / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
+    command(monkeypatch, "export", "--run", run, tmp_path / "a")
+    card = (tmp_path / "a/README.md").read_text()
+    front, _, text = card.removeprefix("---\n").partition("---\n")
+    assert "license: apache-2.0" in front.splitlines() and "pipeline_tag: feature-extraction" in front
+    assert "\n2 updates on 0.4 hours" in text and "| drum | 326 |" in text and "None yet" in text
+    assert "every\n20 ms" in text
+    scores = {"tasks": {"drum": {"metric": "accuracy", "knn": 0.61811, "mlp": None}}}
+    (run / "scores.json").write_text(json.dumps({"encoders": {str(run / "encoder"): scores}}))
+    command(monkeypatch, "export", "--run", run, tmp_path / "b")
+    assert "| drum | accuracy | encoder | 0.618 | - |" in (tmp_path / "b/README.md").read_text()
 
 
 def test_command_line_tells_what_is_wrong_in_one_line(whisper, tmp_path):

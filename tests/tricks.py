@@ -237,7 +237,7 @@ def new_batch(tokenizer, lengths: list[float]) -> Batch:
         audio=pad_sequence(audio, batch_first=True), samples=torch.tensor(samples),
         prompts=[tokenizer.prompt(instruction) for instruction, _ in chats],
         answers=[tokenizer.answer(answer) for _, answer in chats],
-        tasks=[], rows=[], instructions=[], texts=[], skipped=[])
+        tasks=[], rows=[], instructions=[], texts=[], languages=[], skipped=[])
 
 
 # ---------------------------------------------------------------- measuring
