@@ -1,7 +1,7 @@
 """Draws README's pictures of results, and the curves of a training run.
 
-    python tests/plot.py        results.svg, hours.svg, ablations.svg in tests/results/
-                                from the JSON files there
+    python tests/plot.py        keep.svg, results.svg, hours.svg, ablations.svg in
+                                tests/results/ from the JSON files there
     python tests/plot.py OUT    OUT/metrics.png from the OUT/metrics.jsonl of a run of
                                 train.py --out OUT
     python tests/plot.py SCORES.json    SCORES.png from probe.py --json SCORES.json
@@ -87,6 +87,53 @@ def plain_mean(tasks: dict, probe: str) -> float:
 def headings(figure, title: str, note: str = "") -> None:
     figure.suptitle(title, weight="bold", fontsize=11)
     figure.supxlabel(note, fontsize=8.5, color=GREY)
+
+
+# ---------------------------------------------------------------- keep.svg
+
+SUITE = ["language", "speaker_count", "voice", "command", "instrument", "pitch", "drum",
+         "game_sound", "tagging", "caption"]
+OTHERS = ["command_festival", "letters_language", "game_sound_other"]
+
+
+def keep_figure() -> "Figure":
+    figure = Figure((WIDTH, 5.2), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, probe in ((left, "knn"), (right, "mlp")):
+        keep_panel(axes, probe)
+    left.set_yticks([*range(10), 11, 12, 13], SUITE + OTHERS)
+    left.invert_yaxis()
+    left.legend(loc="center right")
+    updates = load("keep.json")["updates"]
+    headings(figure, "The suite, and below it what training did not hear: other voices, "
+                     "tasks, games", f"whisper-base, {updates:,} updates, one seed; test "
+             "splits; tagging: mAP, caption: recall@1 (no kNN), else accuracy")
+    return figure
+
+
+def keep_panel(axes, probe: str) -> None:
+    padded = load("contexts.json")["30 s, bf16, hidden 256"]
+    suite, others = encoders("keep.json"), encoders("keep.json", "transfer")
+    for task, row in zip(SUITE + OTHERS, [*range(10), 11, 12, 13]):
+        table = others if task in OTHERS else suite
+        before, after = (table[name][task][probe] for name in ("untouched", "seed 0"))
+        if before is None:
+            continue
+        axes.barh(row, after - before, 0.14, left=before, color=BLUE, alpha=0.35)
+        axes.scatter(before, row, 30, facecolors="white", edgecolors=GREY)
+        axes.scatter(after, row, 20, color=BLUE, zorder=3)
+        if task in padded:
+            axes.scatter(padded[task][probe], row, 160, marker="|", color="black")
+        gain = after - before
+        axes.text(1.06, row, f"{gain:+.3f}", va="center",
+                  color=RED if gain < -0.0005 else "black")
+    axes.scatter([], [], 30, facecolors="white", edgecolors=GREY, label="untouched")
+    axes.scatter([], [], 160, marker="|", color="black", label="untouched, at 30 s")
+    axes.scatter([], [], 20, color=BLUE, label="trained")
+    axes.axhline(10, color=GREY, linewidth=0.6)
+    axes.grid(axis="y", visible=False)
+    axes.set(xlim=(0, 1.03), ylim=(-0.6, 13.6))
+    axes.set_title(PROBES[probe], loc="left", weight="bold")
 
 
 # ---------------------------------------------------------------- results.svg
@@ -335,7 +382,8 @@ def mark_left_out(axes, lines: list[dict]) -> None:
 # ---------------------------------------------------------------- command line
 
 def draw_results(folder: Path) -> None:
-    for name, figure in (("results", results_figure),
+    for name, figure in (("keep", keep_figure),
+                         ("results", results_figure),
                          ("hours", hours_figure),
                          ("ablations", ablations_figure)):
         figure().savefig(folder / f"{name}.svg", metadata={"Date": None})

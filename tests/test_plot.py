@@ -31,7 +31,7 @@ def write_metrics(folder, lines):
 def test_pictures_of_results(tmp_path):
     plot.draw_results(tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"results.svg", "hours.svg", "ablations.svg"}
+    assert names == {"keep.svg", "results.svg", "hours.svg", "ablations.svg"}
     for path in [*tmp_path.iterdir(), *plot.RESULTS.glob("*.svg")]:
         assert xml.parse(path).getroot().tag.endswith("svg")
         assert path.stat().st_size < 150_000
@@ -104,6 +104,19 @@ def test_errors_are_one_line(tmp_path, text, says):
     message = str(error.value)
     assert str(tmp_path / "metrics.jsonl") in message
     assert says in message and "\n" not in message
+
+
+def test_the_picture_of_kept_speech_shows_every_task_and_its_gain():
+    scores, others = plot.encoders("keep.json"), plot.encoders("keep.json", "transfer")
+    for axes, probe in zip(plot.keep_figure().axes, plot.PROBES):
+        gains = []
+        for task in plot.SUITE + plot.OTHERS:
+            table = others if task in plot.OTHERS else scores
+            before, after = table["untouched"][task][probe], table["seed 0"][task][probe]
+            if before is not None:
+                gains.append(f"{after - before:+.3f}")
+        assert [text.get_text() for text in axes.texts] == gains
+        assert len(gains) == (12 if probe == "knn" else 13)
 
 
 def test_without_matplotlib(monkeypatch):
