@@ -266,10 +266,10 @@ def learning_rate(s: Settings, name: str, step: int) -> float:
 class Keeper:
     """Two losses by which the encoder keeps what it knew of speech at the start.
 
-    They are added to a batch's sum of losses, for clips of the tasks of --hold and --words.
-    In every fourth update silence follows the clips up to the window's end, as in Whisper's
-    training, so that what pads goes on reading them, too. As that is much audio, and as the
-    untouched encoder always hears that silence, some of a batch's clips stand for all.
+    They are added to a batch's sum of losses, for clips of the tasks of --hold and --words,
+    once the encoder trains. In every fourth update these two hear the clips with silence up
+    to the window's end, as in Whisper's training, so that what pads to 30 s can still read
+    the features. Windows cost much more than clips: there a few clips stand for all.
     """
 
     def __init__(self, s: Settings, encoder):
@@ -303,11 +303,11 @@ class Keeper:
     def hold(self, rows: Rows, batch, clips: list[int], step: int):
         """How far features are from the untouched encoder's, which hears silence after them.
 
-        Squared, over the squared length of the untouched ones. So features at a clip's own
+        Squared, over the squared norm of the untouched ones. So features at a clip's own
         length also become what they are at 30 s (whisper-acft's idea).
         """
         padded = step % 4 == 0
-        chosen = self.some(clips, 8, step)
+        chosen = self.some(clips, 8, step)  # the untouched encoder always hears windows
         audio, samples = self.part(batch, chosen, padded)
         x, _ = self.encoder.encode(audio, samples)  # (B, T, D)
         with torch.no_grad():

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # README's result from beginning to end: tests/recipe.sh WEIGHTS SUITE TRANSFER OUT [SEED [STEPS]]
+# (README's own run was begun for 1,200 updates and shortened to 900 after update 745.)
 # WEIGHTS holds whisper-base/ and qwen2.5-0.5b/, SUITE the eleven manifests below, TRANSFER those
 # whose clips come from other sources than training's. Interrupted, it goes on where it was.
 set -euo pipefail
