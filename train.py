@@ -832,12 +832,12 @@ def main():
     except torch.OutOfMemoryError as e:  # of a GPU
         sys.exit(f"error: {str(e).splitlines()[0]} Lower --batch-seconds (and raise "
                  "--accumulate), or add --checkpoint-layers")
-    except (OSError, ValueError, ArithmeticError, RuntimeError) as e:
-        text = str(e).strip()
+    except (OSError, ValueError, ArithmeticError, RuntimeError, EOFError) as e:
+        text = str(e).strip() or type(e).__name__
         first, last = text.partition("\n")[0], text.rpartition("\n")[2]
         if text.startswith("Caught "):  # a worker's traceback: "...Class: text"
             text = last.partition(": ")[2]
-        elif "DataLoader worker" in text or isinstance(e, ConnectionError):
+        elif "DataLoader worker" in text or isinstance(e, (ConnectionError, EOFError)):
             text = (f"a process that reads audio was killed ({first}), by the system if "
                     "memory was short: lower --workers, and go on with --resume")
         elif "onnection closed" in text or "onnection reset" in text:
