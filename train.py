@@ -59,7 +59,6 @@ class Settings:
     encoder: str = flag("", "folder of the encoder to start from")
     decoder: str = flag("", "folder of the decoder: Qwen, or a whole Whisper")
     adapter: str = flag("", "run whose adapter to start from; without: a new one")
-    hold: tuple[str, ...] = flag((), "tasks whose features stay near those of --encoder")
     words: tuple[str, ...] = flag((), "tasks whose clips Whisper's own decoder, frozen, reads, "
                                   "too; their rows need a language")
     stack: int = flag(4, "encoder tokens that the adapter makes one audio token; "
@@ -72,8 +71,7 @@ class Settings:
     lr_decoder: float = flag(0.0, "decoder's highest learning rate; 0: frozen")
     warmup: int = flag(100, "updates of linear warm-up; then a cosine to a tenth")
     freeze_encoder: int = flag(0, "first updates, which train the adapter alone")
-    hold_weight: float = flag(20.0, "of the distance of --hold, beside a clip's loss of 1")
-    words_weight: float = flag(5.0, "of the loss of --words, beside a clip's loss of 1")
+    words_weight: float = flag(5.0, "of the loss of --words, beside the other's 1")
     weight_decay: float = flag(0.01, "AdamW's, of matrices")
     grad_clip: float = flag(1.0, "largest gradient norm")
     loss: str = flag("token", "mean over an update's answer tokens, or its clips",
@@ -263,76 +261,65 @@ def learning_rate(s: Settings, name: str, step: int) -> float:
 
 # ---------------------------------------------------------------- what keeps speech
 
-class Keeper:
-    """Two losses by which the encoder keeps what it knew of speech at the start.
+class Words:
+    """The loss of --words: Whisper's own decoder, frozen, reads clips of these tasks, too.
 
-    They are added to a batch's sum of losses, for clips of the tasks of --hold and --words,
-    once the encoder trains. In every fourth update these two hear the clips with silence up
-    to the window's end, as in Whisper's training, so that what pads to 30 s can still read
-    the features. Windows cost much more than clips: there a few clips stand for all.
+    So the encoder keeps the words that it knew at the start. The loss is added to a batch's
+    once the encoder trains. In every fourth update the clips are padded with silence to the
+    window, as in Whisper's training, so that what pads to 30 s can still read the features.
+    A window costs much more than a clip: there a few clips stand for all.
     """
 
-    def __init__(self, s: Settings, encoder):
-        self.s, self.encoder = s, encoder
+    def __init__(self, s: Settings, rows: Rows, encoder):
+        self.s = s
         self.window = encoder.window * encoder.token_samples
-        if s.hold:
-            self.untouched = load_encoder(s.encoder).requires_grad_(False).eval().to(s.device)
+        self.most_windows = max(1, int(s.batch_seconds * encoder.sample_rate / self.window))
+        self.sums = torch.zeros(2, device=s.device)  # losses since the last line, their number
         if s.words:
             decoder = load_decoder(s.encoder, PRECISIONS[s.precision]).to(s.device)
             self.reader = UniWhisper(encoder, new_adapter(encoder, decoder, 0), decoder)
+            self.check_languages(rows)
 
-    def losses(self, rows: Rows, batch, step: int):
-        total = 0.0
-        for tasks, loss in ((self.s.hold, self.hold), (self.s.words, self.words)):
-            clips = [i for i, task in enumerate(batch.tasks) if task in tasks]
-            if clips and step > self.s.freeze_encoder:
-                total = total + loss(rows, batch, clips, step)
-        return total
+    def check_languages(self, rows: Rows) -> None:
+        """ValueError for a row whose language this Whisper does not know."""
+        index = training_rows(self.s, rows)
+        for task in self.s.words:
+            of_task = index[rows.task[index] == rows.tasks.index(task)]
+            for i in of_task[rank() :: world()].tolist():
+                try:
+                    self.reader.decoder.tokenizer.transcription(rows[i].get("language", ""))
+                except ValueError as e:
+                    raise ValueError(f"{rows.name(i)}: {e} (--words)") from None
 
-    def some(self, clips: list[int], seconds: float, step: int) -> list[int]:
-        """As many clips as stand for a batch's audio if each has so many seconds."""
-        count = max(1, int(self.s.batch_seconds / seconds))
-        return sorted(random.Random(step).sample(clips, min(count, len(clips))))
-
-    def part(self, batch, clips: list[int], padded: bool):
-        """Audio and samples of clips of a batch."""
-        samples = batch.samples[clips]
-        audio = batch.audio[clips, : int(samples.max())]
-        return audio, torch.full_like(samples, self.window) if padded else samples
-
-    def hold(self, rows: Rows, batch, clips: list[int], step: int):
-        """How far features are from the untouched encoder's, which hears silence after them.
-
-        Squared, over the squared norm of the untouched ones. So features at a clip's own
-        length also become what they are at 30 s (whisper-acft's idea).
-        """
-        padded = step % 4 == 0
-        chosen = self.some(clips, 8, step)  # the untouched encoder always hears windows
-        audio, samples = self.part(batch, chosen, padded)
-        x, _ = self.encoder.encode(audio, samples)  # (B, T, D)
-        with torch.no_grad():
-            y, _ = self.untouched.encode(audio, samples, pad_to_window=True)
-        x, y = x.float(), y.float()
-        far = (x - y).square().sum((1, 2)) / y.square().sum((1, 2))  # (B,)
-        counts = torch.tensor(batch.answer_tokens)[clips]
-        clips_or_tokens = len(clips) if self.s.loss == "example" else counts.sum()
-        return self.s.hold_weight * clips_or_tokens * far.mean()
-
-    def words(self, rows: Rows, batch, clips: list[int], step: int):
-        """The loss of Whisper's own decoder, which reads the clips, too."""
-        padded, tokenizer = step % 4 == 0, self.reader.decoder.tokenizer
-        chosen = self.some(clips, 30, step) if padded else clips
-        prompts, answers = [], []
-        for i in chosen:
-            try:
-                prompts.append(tokenizer.transcription(batch.languages[i]))
-            except ValueError as e:
-                raise ValueError(f"{rows.name(batch.rows[i])}: {e} (--words)") from None
-            answers.append(tokenizer.answer(batch.texts[i]))
-        audio, samples = self.part(batch, chosen, padded)
-        read = replace(batch, audio=audio, samples=samples, prompts=prompts, answers=answers)
+    def loss(self, batch, step: int):
+        """The sum over a batch's clips of these tasks, weighted like the batch's own loss."""
+        clips = [i for i, task in enumerate(batch.tasks) if task in self.s.words]
+        if not clips or step <= self.s.freeze_encoder:
+            return 0.0
+        padded, chosen = step % 4 == 0, clips
+        if padded:
+            count = min(self.most_windows, len(clips))
+            chosen = sorted(random.Random(step).sample(clips, count))
+        read = self.as_whisper_reads(batch, chosen, padded)
+        losses = self.reader(read)  # (N,)
+        self.sums += torch.stack((losses.detach().sum(), losses.new_tensor(len(losses))))
         share = len(clips) / len(chosen)
-        return share * self.s.words_weight * weighted_sum(self.s, read, self.reader(read))
+        return share * self.s.words_weight * weighted_sum(self.s, read, losses)
+
+    def mean(self) -> float:
+        """Over the answer tokens of all ranks since the last call; NaN if there are none."""
+        total, count = all_sum(self.sums).tolist()
+        self.sums.zero_()
+        return total / count if count else math.nan
+
+    def as_whisper_reads(self, batch, clips: list[int], padded: bool):
+        """Some clips of a batch, with the prompts and answers of Whisper's tokenizer."""
+        tokenizer, samples = self.reader.decoder.tokenizer, batch.samples[clips]
+        return replace(
+            batch, audio=batch.audio[clips, : int(samples.max())],
+            samples=torch.full_like(samples, self.window) if padded else samples,
+            prompts=[tokenizer.transcription(batch.languages[i]) for i in clips],
+            answers=[tokenizer.answer(batch.texts[i]) for i in clips])
 
 
 def weighted_sum(s: Settings, batch, losses):
@@ -528,10 +515,11 @@ class Log:
             raise ArithmeticError(f"{self.bad_updates} updates in a row were not finite; "
                                   "lower the learning rates or mend the rows above")
 
-    def line(self, step: int, optimizer, norm: float) -> None:
+    def line(self, step: int, optimizer, norm: float, words: Words) -> None:
         """Say and write what all ranks did since the last line.
 
-        loss is a mean over answer tokens, with --loss example, too; memory is rank 0's.
+        loss (and words, of --words) is a mean over answer tokens, with --loss example, too;
+        memory is rank 0's.
         """
         tasks = means(self.batches.rows, all_sum(self.losses))
         loss, tokens = self.losses.sum(0)
@@ -543,7 +531,8 @@ class Log:
         if self.s.device == "cuda":
             memory = torch.cuda.max_memory_allocated() / 2**30
         lr = {group["name"]: group["lr"] for group in optimizer.param_groups}
-        self.write(step, loss=loss, tasks=tasks, lr=lr, norm=norm, skipped=skipped,
+        of_words = {"words": words.mean()} if self.s.words else {}
+        self.write(step, loss=loss, **of_words, tasks=tasks, lr=lr, norm=norm, skipped=skipped,
                    audio_seconds_per_second=speed, memory_gib=memory)
         left = passed / max(1, step - self.step) * (self.s.steps - step)
         say(f"step {step}/{self.s.steps}  loss {loss:.3f}  norm {norm:.2f}  {speed:.1f} s/s  "
@@ -671,10 +660,10 @@ def batch_specs(s: Settings, rows: Rows, step: int):
             weights[task] = float(number)
         except ValueError:
             raise ValueError(f"--task-weights takes TASK=NUMBER, not {text}") from None
-    for task in (*s.hold, *s.words):
-        if task not in rows.tasks:
-            raise ValueError(f"--hold and --words: no row has task {task!r}")
     index = training_rows(s, rows)
+    for task in s.words:
+        if task not in rows.tasks:
+            raise ValueError(f"--words: no row has task {task!r}")
     shares = task_shares(rows, index, s.temperature, weights)
     first = step * s.accumulate * world() + rank()
     return sample_batches(rows, index, shares, s.batch_seconds, s.seed, first, world())
@@ -735,7 +724,13 @@ def catch_signals() -> list[int]:
     return caught
 
 
-def train(s: Settings, model: UniWhisper, keeper: Keeper, log: Log, stream, state) -> bool:
+def add_up(s: Settings, micro_batches, signals) -> tuple[float, float]:
+    """Over all ranks: an update's answer tokens (or clips), and the signals to stop."""
+    weights = torch.cat([token_weights(batch, s.loss) for batch in micro_batches])
+    return tuple(all_sum(torch.tensor([weights.sum(), len(signals)], device=s.device)).tolist())
+
+
+def train(s: Settings, model: UniWhisper, words: Words, log: Log, stream, state) -> bool:
     """Updates after state["step"]; False if a signal ended them. stream: batches."""
     optimizer, scaler = build_optimizer(s, model, state)
     wrapped, signals = wrap(s, model), catch_signals()
@@ -745,10 +740,7 @@ def train(s: Settings, model: UniWhisper, keeper: Keeper, log: Log, stream, stat
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(s, group["name"], step)
         micro_batches = [next(stream) for _ in range(s.accumulate)]
-        weights = torch.cat([token_weights(batch, s.loss) for batch in micro_batches])
-        # Of all ranks: the number of answer tokens (or clips), and whether to stop.
-        totals = torch.tensor([weights.sum(), len(signals)], device=s.device)
-        count, stop = all_sum(totals).tolist()
+        count, stop = add_up(s, micro_batches, signals)
         parts = []
         for batch in micro_batches:
             # DDP sums the gradients over ranks in the last backward alone.
@@ -756,8 +748,7 @@ def train(s: Settings, model: UniWhisper, keeper: Keeper, log: Log, stream, stat
             batch = batch.to(s.device)
             with autocast(s):
                 losses = wrapped(batch)  # (N,)
-                loss = weighted_sum(s, batch, losses)
-                loss = loss + keeper.losses(log.batches.rows, batch, step)
+                loss = weighted_sum(s, batch, losses) + words.loss(batch, step)
             # DDP takes the mean over ranks.
             scaler.scale(loss / count * world()).backward()
             parts.append((batch, losses.detach()))
@@ -773,7 +764,7 @@ def train(s: Settings, model: UniWhisper, keeper: Keeper, log: Log, stream, stat
         log.update(step, parts, norm)
         save = step % s.save_every == 0 or step == s.steps or stop
         if step % s.log_every == 0 or save:
-            log.line(step, optimizer, norm)
+            log.line(step, optimizer, norm, words)
         if step % s.eval_every == 0 or step == s.steps:
             report(log, model, step, state["before"])
         if save:  # after the reports: if killed before, a resumed run makes them again
@@ -797,7 +788,7 @@ def run(s: Settings) -> None:
     state = together(load_state, checkpoint, fixed_settings(s, rows), s.steps)
     specs = together(batch_specs, s, rows, state["step"])
     model = together(build_model, s, checkpoint)
-    keeper = together(Keeper, s, model.encoder)
+    words = together(Words, s, rows, model.encoder)
     locked = together(lock, s.out)  # until this process ends
     how = rows, model.decoder.tokenizer, model.encoder.sample_rate, s.seed, s.max_seconds
     batches = Batches(*how, s.languages)
@@ -805,7 +796,7 @@ def run(s: Settings) -> None:
     config = describe(s, model, rows, state["step"])
     # Readers are forked here, before gradients are summed: see `evaluate`.
     stream = iter(loader(batches, specs, s.workers, s.device == "cuda"))
-    finished = train(s, model, keeper, Log(s, in_english, state["step"]), stream, state)
+    finished = train(s, model, words, Log(s, in_english, state["step"]), stream, state)
     if finished and rank() == 0:
         decoder = model.decoder if s.lr_decoder else None
         export_run(Path(s.out, "encoder"), Path(s.out, "decoder"), config, model.encoder, decoder)

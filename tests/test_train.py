@@ -8,6 +8,7 @@ import json
 import math
 import multiprocessing
 import os
+import random
 import resource
 import shutil
 import signal
@@ -229,8 +230,8 @@ def gradient(world, out, loss, sizes, checkpoint_layers=False):
         patch.setattr(train, "learning_rate", lambda *a: 1.0)
         patch.setattr(train, "save_checkpoint", lambda *a: None)
         patch.setattr(train, "catch_signals", list)
-        keeper, log = train.Keeper(s, model.encoder), train.Log(s, batches, 0)
-        assert train.train(s, model, keeper, log, map(batches.__getitem__, specs), dict(step=0))
+        words, log = train.Words(s, rows, model.encoder), train.Log(s, batches, 0)
+        assert train.train(s, model, words, log, map(batches.__getitem__, specs), dict(step=0))
     line = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()][-2]
     moved = {k: p.detach() - before[k] for k, p in model.named_parameters() if p.requires_grad}
     return moved, line["tasks"], line["norm"]
@@ -612,10 +613,9 @@ def with_language(world, folder, language):
 
 @pytest.fixture
 def kept(world, talking_whisper, tmp_path):
-    """(settings, model, rows, a batch, its clips of `level`) of a run with --hold and --words."""
-    s = train.parse(options(world, tmp_path, encoder=talking_whisper[0], hold="level", words="level", words_weight=3,
-                            hold_weight=2, loss="example", freeze_encoder=1, batch_seconds=17,
-                            data=with_language(world, tmp_path, "Dutch")))
+    """(settings, model, rows, a batch, its clips of `level`) of a run with --words."""
+    s = train.parse(options(world, tmp_path, encoder=talking_whisper[0], words="level", words_weight=3, loss="example",
+                            freeze_encoder=1, batch_seconds=17, data=with_language(world, tmp_path, "Dutch")))
     model, rows = train.build_model(s, None), train.open_rows(s)
     batch = Batches(rows, model.decoder.tokenizer, RATE)[0, [0, 17, 40, 41, 42]]
     clips = [i for i, task in enumerate(batch.tasks) if task == "level"]
@@ -632,67 +632,53 @@ def features_of(encoder, batch, i, silence):
 @pytest.mark.parametrize("step", [3, 4])
 def test_whispers_decoder_reads_the_clips_of_words_too(kept, step):
     s, model, rows, batch, clips = kept
-    keeper = train.Keeper(train.replace(s, hold=()), model.encoder)
-    decoder = keeper.reader.decoder
-    assert keeper.reader.encoder is model.encoder and not any(p.requires_grad for p in decoder.parameters())
-    chosen = clips if step == 3 else keeper.some(clips, 30, step)  # 17 s a batch: one clip of 30 s
-    assert len(chosen) == (3 if step == 3 else 1)
-    total = 0.0
+    words = train.Words(s, rows, model.encoder)
+    decoder = words.reader.decoder
+    assert words.reader.encoder is model.encoder and not any(p.requires_grad for p in decoder.parameters())
+    # 17 s a batch: one clip of 30 s.
+    chosen = clips if step == 3 else sorted(random.Random(step).sample(clips, 1))
+    losses = []
     for i in chosen:
         answer = decoder.tokenizer.answer(batch.texts[i])
         states = decoder.answer_states(*features_of(model.encoder, batch, i, step == 4),
                                        [decoder.tokenizer.transcription("nl")], [answer])
-        total += torch.nn.functional.cross_entropy(decoder.unembed(states), torch.tensor(answer)) / len(chosen)
-    added = keeper.losses(rows, batch, step)
-    assert added.item() == pytest.approx(3 * 3 * total.item(), rel=1e-4)
-    assert keeper.losses(rows, train.replace(batch, tasks=["height"] * 5), step) == 0
-    assert keeper.losses(rows, batch, 1) == 0  # the adapter trains alone
-
-
-@pytest.mark.parametrize("step", [3, 4])
-def test_features_of_hold_stay_near_the_untouched_ones_in_silence(kept, step):
-    s, model, rows, batch, clips = kept
-    keeper = train.Keeper(train.replace(s, words=()), model.encoder)
-    chosen, total = keeper.some(clips, 8, step), 0.0
-    assert len(chosen) == 2
-    untouched = load_encoder(s.encoder)
-    with torch.no_grad():
-        model.encoder.layers[0].fc1.weight.mul_(1.3)
-    for i in chosen:
-        y, _ = features_of(untouched, batch, i, True)
-        x, lengths = features_of(model.encoder, batch, i, step == 4)
-        y = y[:, : int(lengths)]
-        total += (x - y).square().sum() / y.square().sum() / 2
-    added = keeper.losses(rows, batch, step)
-    assert added.item() == pytest.approx(2 * 3 * total.item(), rel=1e-4) and added > 0.001
-    by_token = train.Keeper(train.replace(s, words=(), loss="token"), model.encoder).losses(rows, batch, step)
-    tokens = sum(len(batch.answers[i]) for i in clips)
-    assert by_token.item() == pytest.approx(added.item() * tokens / 3, rel=1e-4)
+        losses.append(torch.nn.functional.cross_entropy(decoder.unembed(states), torch.tensor(answer), reduction="none"))
+    total = sum(loss.mean().item() for loss in losses) / len(chosen)
+    added = words.loss(batch, step)
+    assert added.item() == pytest.approx(3 * 3 * total, rel=1e-4)
+    assert words.mean() == pytest.approx(torch.cat(losses).mean().item(), rel=1e-4)
+    assert words.loss(train.replace(batch, tasks=["height"] * 5), step) == 0
+    assert words.loss(batch, 1) == 0  # the adapter trains alone
+    assert math.isnan(words.mean())  # nothing was read since
     added.backward()
-    assert model.encoder.conv1.weight.grad is not None and keeper.untouched.conv1.weight.grad is None
+    assert model.encoder.conv1.weight.grad.abs().sum() > 0
 
 
-def test_what_keeps_speech_resumes_exactly_and_on_ranks_is_as_in_one_process(world, talking_whisper, tmp_path):
-    same = dict(data=with_language(world, tmp_path, "nl"), encoder=talking_whisper[0], words="level", hold="height",
-                freeze_encoder=1, steps=5, save_every=1, log_every=1, eval_every=5)
+def test_a_run_with_words_resumes_exactly_and_on_ranks_is_as_in_one_process(world, talking_whisper, tmp_path):
+    same = dict(data=with_language(world, tmp_path, "nl"), encoder=talking_whisper[0], words="level", freeze_encoder=1,
+                steps=5, save_every=1, log_every=1, eval_every=5)
     one, argv = Run(options(world, tmp_path / "one", **same, accumulate=2)), options(world, tmp_path / "two", **same)
     killed = options(world, tmp_path / "killed", **same, accumulate=2)
     assert Run(killed, partial(kill_in_update, 3)).wait().code == -signal.SIGKILL
     succeed(one, Run([*killed, "--resume"]), *start_ranks(argv))
     assert_same_run(tmp_path / "one", tmp_path / "killed", 5)
     assert_close_runs(tmp_path / "one", tmp_path / "two", 5)
-    for changes in (dict(words=None), dict(hold=None)):
-        out = tmp_path / str(len(changes) + ("hold" in changes))
-        succeed(Run(options(world, out, **same | changes, accumulate=2)))
-        assert not same_bits(weights(tmp_path / "one", 5), weights(out, 5))
+    read = []
+    for name in ("one", "two"):
+        lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        read.append([line["words"] or 0.0 for line in lines if "words" in line])
+    assert read[0] == pytest.approx(read[1], rel=1e-3) and len(read[0]) == 5
+    assert read[0][0] == 0 and sum(read[0]) > 1  # in the first update the adapter trains alone
+    succeed(Run(options(world, tmp_path / "without", **same | dict(words=None), accumulate=2)))
+    assert not same_bits(weights(tmp_path / "one", 5), weights(tmp_path / "without", 5))
 
 
 @pytest.mark.parametrize("language, says", [(None, "language is ''"), ("Klingon", "language is 'Klingon'")])
 def test_words_need_a_language_that_whisper_knows(world, talking_whisper, tmp_path, language, says):
     data = with_language(world, tmp_path, language)
-    said = Run(options(world, tmp_path / "out", data=data, encoder=talking_whisper[0], words="level",
-                       freeze_encoder=0)).fail()
+    said = Run(options(world, tmp_path / "out", data=data, encoder=talking_whisper[0], words="level")).fail()
     assert says in said and "words.jsonl" in said and "--words" in said
+    assert not (tmp_path / "out").exists()  # said before anything begins
 
 
 # ---------------------------------------------------------------- stopped, lengthened, started from another
@@ -1007,7 +993,7 @@ def test_an_error_in_a_worker_is_one_line(world, tmp_path):
     (dict(steps=0), "--steps is 0"),
     (dict(stack=0, freeze_encoder=0), "stack is 0, no adapter, but the encoder is 48 wide and the decoder 56"),
     (dict(stack=0), "--stack 0 is no adapter, which --freeze-encoder would train alone"),
-    (dict(hold="speech"), "no row has task 'speech'"),
+    (dict(words="speech"), "--words: no row has task 'speech'"),
     (dict(lr_decoder=-1), "--lr-decoder is -1"),
     (dict(batch_seconds=-1), "--batch-seconds is -1"),
     (dict(grad_clip=0), "--grad-clip is 0"),
