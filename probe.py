@@ -5,8 +5,9 @@
 
 XARES/esc50/*.tar and so on are as X-ARES publishes them. The encoder never changes.
 A probe's epoch is chosen on valid; nothing is chosen on test.
-N vectors (one a clip or crop; in some tasks a token), T tokens of a clip, B batch,
-D width, C classes, E retrieval space. owner (N,): each vector's clip.
+N vectors (one a clip or crop; in tasks on events and transcripts one a token), T tokens of
+a clip, B batch, D width, C classes, E retrieval space. owner (N,): the number of each
+vector's clip, ascending.
 """
 import copy
 import hashlib
@@ -37,11 +38,11 @@ import uniwhisper
 from data import AudioError, Rows
 from uniwhisper import (UniWhisper, flag, load_decoder, load_encoder,
                         mean_over_tokens, new_adapter, parse_flags,
-                        refuse_to_overwrite, token_mask)
+                        refuse_to_overwrite)
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-CLIP_SECONDS = 10  # stand for a clip in a batch of a probe on tokens
-FRAME_SECONDS = 0.02  # coarser tokens are repeated in tasks on events
+CLIP_SECONDS = 10  # a probe on frames takes batches of as many as Spec.batch such clips have
+FRAME_SECONDS = 0.02  # of a frame in tasks on events; longer tokens are repeated
 MOST_TOKENS = 200  # of a transcript
 
 
@@ -334,7 +335,7 @@ class Retriever(nn.Module):
 def score_retrieval(x, owner, task, parts, seed):
     """Recall@1 on test, and the epoch: x (N, D), a vector a clip."""
     def pairs(indices):
-        """Features (n, D), words of all captions, whose each is."""
+        """x of clips (n, D); the words of each of their captions; each caption's clip (M,)."""
         text_owner, texts = [], []
         for place, n in enumerate(owner[indices].tolist()):
             for caption in task.clips[n].label:
@@ -390,10 +391,8 @@ def score_transcription(x, owner, task, encoder, decoder, parts, seed):
         return model(batch_of(clips)).mean()
 
     def valid_score():
-        loss = 0.0
-        for clips in valid.split(task.spec.batch):
-            loss += model(batch_of(clips)).sum().item()
-        return -loss
+        return -sum(model(batch_of(clips)).sum().item()
+                    for clips in valid.split(task.spec.batch))
 
     epoch = fit(adapter, loss_of, train, valid_score, task)
     guesses = []
@@ -566,9 +565,8 @@ def prepare(task, say):
     name, metric = task.name, task.spec.metric
     classes, folds = task.classes, task.folds
     if metric not in TEXT_METRICS:
-        enough, need = len(classes) >= 2, "two or more"
-        if metric == "1 - EER":
-            enough, need = len(classes) == 2, "two"
+        two = metric == "1 - EER"
+        enough, need = (len(classes) == 2, "two") if two else (len(classes) > 1, "two or more")
         require(enough, f"{name}: has {len(classes)} class(es), {', '.join(classes[:3])}; "
                 f"{metric} needs {need}")
     splits = {clip.split for clip in task.clips}
@@ -637,13 +635,7 @@ def _encode(encoder, audios, on_tokens, s):
     x = x.float()  # (B, T, D), zero beyond lengths
     if on_tokens:
         return [tokens[:n].half().cpu() for tokens, n in zip(x, lengths.tolist())]
-    lengths = lengths.to(device)
-    pooled = mean_over_tokens(x, lengths)  # (B, D)
-    if s.pool == "mean+std":
-        deviation = (x - pooled[:, None]) * token_mask(lengths)[:, :, None]
-        spread = mean_over_tokens(deviation.square(), lengths).sqrt()
-        pooled = torch.cat([pooled, spread], 1)  # (B, 2 D)
-    return list(pooled.cpu().split(1))
+    return list(mean_over_tokens(x, lengths).cpu().split(1))  # B of (1, D)
 
 
 def _join(found):
@@ -658,8 +650,10 @@ def _join(found):
 
 
 def _read_ahead(task, seconds, rate, failed):
-    """Lists of (clip, crop, samples), half an hour each, short clips first. While one
-    is encoded, four threads decode the next; the first is empty."""
+    """Yields lists of (clip, crop, samples), half an hour of audio each, short clips first.
+
+    Four threads decode the next list while the caller uses one; so the first is empty.
+    """
     def read(n):
         try:
             audio = task.clips[n].rows.audio(task.clips[n].row, rate)
@@ -731,9 +725,11 @@ def _stamp(clip):
 
 
 def cached_features(encoder, mark, task, s, say):
-    """`extract`, kept on disk under a hash of settings, clips and `mark`, a fingerprint:
-    editing uniwhisper.py or data.py encodes everything again."""
-    key = [mark, s.context, s.pool, s.precision, s.device, task.spec.crop, task.on_tokens]
+    """`extract`, kept on disk under a hash of settings, clips and `mark`, a fingerprint.
+
+    Editing uniwhisper.py, data.py or the functions above encodes everything again.
+    """
+    key = [mark, s.context, s.precision, s.device, task.spec.crop, task.on_tokens]
     key += map(_stamp, task.clips)
     digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=16).hexdigest()
     path = Path(s.cache, re.sub(r"[^\w.-]", "_", task.name) + f"-{digest}.safetensors")
@@ -798,15 +794,15 @@ def score(task, features, s, encoder, decoder=None):
         size = x.shape[1], s.hidden, len(task.classes)
         score_once = partial(score_probe, x, truth, measure, task, size)
         if spec.knn:
-            scores = [measure(knn(x, truth, p.neighbours, p.test), p.test) for p in turns]
-            knn_score = sum(scores) / len(scores)
-    scores, epochs = [], []
+            by_turn = [measure(knn(x, truth, p.neighbours, p.test), p.test) for p in turns]
+            knn_score = sum(by_turn) / len(turns)
+    values, epochs = [], []
     for parts in turns:
         for seed in seeds:
             value, epoch = score_once(parts, seed)
-            scores.append(value)
+            values.append(value)
             epochs.append(epoch)
-    scores = torch.tensor(scores).view(len(turns), -1).mean(0)  # (seeds,)
+    scores = torch.tensor(values).view(len(turns), -1).mean(0)  # (seeds,)
     test = sum(len(owner[parts.test].unique()) for parts in turns) // len(turns)
     # mlp: the trained probe, of any kind. test: mean over folds, rounded down.
     entry = dict(domain=spec.domain, metric=spec.metric, classes=len(task.classes),
@@ -824,14 +820,14 @@ def averages(entries):
     for domain in [*domains, "all"]:
         out[domain] = {}
         for key in ("knn", "mlp"):
-            values, weights = [], []
-            for entry in entries.values():
-                if domain in (entry["domain"], "all") and entry[key] is not None:
-                    values.append(entry[key])
-                    weights.append(entry["weight"])
-            total = sum(v * w for v, w in zip(values, weights))
-            out[domain][key] = total / sum(weights) if values else None
-            out[domain][key + "_plain"] = sum(values) / len(values) if values else None
+            scored = [entry for entry in entries.values()
+                      if domain in (entry["domain"], "all") and entry[key] is not None]
+            weighted = plain = None
+            if scored:
+                weighted = sum(e[key] * e["weight"] for e in scored)
+                weighted /= sum(e["weight"] for e in scored)
+                plain = sum(e[key] for e in scored) / len(scored)
+            out[domain] |= {key: weighted, key + "_plain": plain}
     return out
 
 
@@ -888,7 +884,6 @@ class Settings:
     context: str = flag("clip", "clip: its own length; window: silence follows",
                         choices=("clip", "window"))
     layer: int | None = flag(None, "features after this layer (default: all)")
-    pool: str = flag("mean", "over a clip's tokens", choices=("mean", "mean+std"))
     precision: str = flag("fp32", "of the encoder", choices=tuple(PRECISIONS))
     batch_seconds: float = flag(40.0, "audio in a batch; more suits a GPU")
     device: str = flag("cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1")
@@ -935,8 +930,8 @@ def find_tasks(s, say):
     require(not unknown, f"--tasks {unknown}: not there; found: {', '.join(names)}")
     tasks = []
     for name in s.tasks or names:
-        metric = own[name].spec.metric if name in own else XARES[name].metric
-        if metric == "1 - WER" and not s.decoder:
+        spec = own[name].spec if name in own else XARES[name]
+        if spec.metric == "1 - WER" and not s.decoder:
             say(f"note: {name} is left out: transcription needs --decoder")
             continue
         task = own[name] if name in own else xares_task(s.xares, name)
@@ -945,9 +940,8 @@ def find_tasks(s, say):
             if task.folds or not {"train", "valid"} <= splits:
                 say(f"note: {name} is left out: --on valid needs splits train and valid")
                 continue
-            kept = [clip for clip in task.clips if clip.split != "test"]
             task.clips = [clip._replace(split="test") if clip.split == "valid" else clip
-                          for clip in kept]
+                          for clip in task.clips if clip.split != "test"]
         prepare(task, say)
         tasks.append(task)
     require(tasks, "no task is left to score; the notes say why")

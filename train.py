@@ -13,6 +13,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -59,8 +60,8 @@ class Settings:
     encoder: str = flag("", "folder of the encoder to start from")
     decoder: str = flag("", "folder of the decoder: Qwen, or a whole Whisper")
     adapter: str = flag("", "run whose adapter to start from; without: a new one")
-    words: tuple[str, ...] = flag((), "tasks whose clips Whisper's own decoder, frozen, reads, "
-                                  "too; their rows need a language")
+    words: tuple[str, ...] = flag((), "tasks that Whisper's own decoder, frozen, must also "
+                                  "transcribe; their rows need a language")
     stack: int = flag(4, "encoder tokens that the adapter makes one audio token; "
                       "0: no adapter, between equal widths")
     # optimisation
@@ -113,12 +114,12 @@ def parse(argv=None) -> Settings:
     """Command line -> settings. Raises ValueError for what cannot work."""
     given = parse_flags(Settings, __doc__, argv)
     defaults = {} if "data" in given else EXAMPLE
-    saved = Path(given.get("out", EXAMPLE["out"]), "config.json")
-    if "resume" in given and "data" not in given and not saved.is_file():
-        raise ValueError(f"{saved} is missing: there is no run to resume")
+    saved = Path(Settings(**(defaults | given)).out, "config.json")
     if "resume" in given and saved.is_file():
         known = [f.name for f in fields(Settings)]
         defaults = {k: v for k, v in read_json(saved, "steps").items() if k in known}
+    elif "resume" in given and "data" not in given:
+        raise ValueError(f"{saved} is missing: there is no run to resume")
     s = Settings(**(defaults | given))
     for name, value in vars(s).items():
         flag_name = "--" + name.replace("_", "-")
@@ -186,7 +187,7 @@ def all_gather(thing=None) -> list:
     return things
 
 
-def together(make, *inputs):
+def on_all_ranks(make, *inputs):
     """make(*inputs) on every rank.
 
     One rank's OSError or ValueError is raised on all: none waits for it.
@@ -259,15 +260,44 @@ def learning_rate(s: Settings, name: str, step: int) -> float:
     return highest * warm * (0.55 + 0.45 * math.cos(math.pi * (step - 1) / s.steps))
 
 
+def wrap(s: Settings, model: UniWhisper):
+    """DDP around the model where there are several ranks."""
+    if world() == 1:
+        return model
+    # DDP regroups the gradients into buckets after the first step of a process. Gloo's sums
+    # over more than two ranks depend on the grouping, so a resumed run would differ in the
+    # last bits. find_unused_parameters keeps the first grouping.
+    fixed = world() > 2 and s.device == "cpu"
+    return DistributedDataParallel(model, gradient_as_bucket_view=True,
+                                   find_unused_parameters=fixed)
+
+
+def autocast(s: Settings):
+    half = s.precision != "fp32"
+    return torch.autocast(s.device, PRECISIONS[s.precision], enabled=half)
+
+
+def token_weights(batch, loss: str) -> torch.Tensor:
+    """What each answer token (N,) counts: 1, or 1 / its answer's tokens."""
+    counts = torch.tensor(batch.answer_tokens)
+    weights = 1 / counts if loss == "example" else torch.ones(len(counts))
+    return weights.repeat_interleave(counts)
+
+
+def weighted_sum(s: Settings, batch, losses):
+    """Of losses (N,) of a batch's answer tokens."""
+    return (losses * token_weights(batch, s.loss).to(s.device)).sum()
+
+
 # ---------------------------------------------------------------- what keeps speech
 
-class Words:
-    """The loss of --words: Whisper's own decoder, frozen, reads clips of these tasks, too.
+class WordsLoss:
+    """The loss of --words: Whisper's own decoder, frozen, also transcribes clips of these tasks.
 
-    So the encoder keeps the words that it knew at the start. The loss is added to a batch's
-    once the encoder trains. In every fourth update the clips are padded with silence to the
-    window, as in Whisper's training, so that what pads to 30 s can still read the features.
-    A window costs much more than a clip: there a few clips stand for all.
+    It keeps the encoder readable for that decoder, and is added to a batch's own loss once
+    the encoder trains. In every fourth update the clips are padded with silence to the
+    window, as in Whisper's training: what pads to 30 s must still read the features. As
+    windows are costly, there a few clips are drawn, and their loss is scaled up to all.
     """
 
     def __init__(self, s: Settings, rows: Rows, encoder):
@@ -300,9 +330,10 @@ class Words:
         if padded:
             count = min(self.most_windows, len(clips))
             chosen = sorted(random.Random(step).sample(clips, count))
-        read = self.as_whisper_reads(batch, chosen, padded)
+        read = self.as_its_decoder_reads(batch, chosen, padded)
         losses = self.reader(read)  # (N,)
-        self.sums += torch.stack((losses.detach().sum(), losses.new_tensor(len(losses))))
+        finite = losses.detach()[losses.isfinite()]
+        self.sums += torch.stack((finite.sum(), finite.new_tensor(len(finite))))
         share = len(clips) / len(chosen)
         return share * self.s.words_weight * weighted_sum(self.s, read, losses)
 
@@ -312,7 +343,7 @@ class Words:
         self.sums.zero_()
         return total / count if count else math.nan
 
-    def as_whisper_reads(self, batch, clips: list[int], padded: bool):
+    def as_its_decoder_reads(self, batch, clips: list[int], padded: bool):
         """Some clips of a batch, with the prompts and answers of Whisper's tokenizer."""
         tokenizer, samples = self.reader.decoder.tokenizer, batch.samples[clips]
         return replace(
@@ -322,35 +353,6 @@ class Words:
             answers=[tokenizer.answer(batch.texts[i]) for i in clips])
 
 
-def weighted_sum(s: Settings, batch, losses):
-    """Of losses (N,) of a batch's answer tokens."""
-    return (losses * token_weights(batch, s.loss).to(s.device)).sum()
-
-
-def wrap(s: Settings, model: UniWhisper):
-    """DDP around the model where there are several ranks."""
-    if world() == 1:
-        return model
-    # DDP regroups the gradients into buckets after the first step of a process. Gloo's sums
-    # over more than two ranks depend on the grouping, so a resumed run would differ in the
-    # last bits. find_unused_parameters keeps the first grouping.
-    fixed = world() > 2 and s.device == "cpu"
-    return DistributedDataParallel(model, gradient_as_bucket_view=True,
-                                   find_unused_parameters=fixed)
-
-
-def autocast(s: Settings):
-    half = s.precision != "fp32"
-    return torch.autocast(s.device, PRECISIONS[s.precision], enabled=half)
-
-
-def token_weights(batch, loss: str) -> torch.Tensor:
-    """What each answer token (N,) counts: 1, or 1 / its answer's tokens."""
-    counts = torch.tensor(batch.answer_tokens)
-    weights = 1 / counts if loss == "example" else torch.ones(len(counts))
-    return weights.repeat_interleave(counts)
-
-
 # ---------------------------------------------------------------- checkpoints
 
 def find_checkpoint(s: Settings) -> Path | None:
@@ -358,9 +360,11 @@ def find_checkpoint(s: Settings) -> Path | None:
     newest = newest_checkpoint(s.out)
     if len(set(all_gather(newest and newest.name))) > 1:
         raise ValueError(f"{s.out}: not the same on all ranks; machines must share --out")
-    for name in ("checkpoints", "encoder", "decoder", "config.json"):
-        go_on = s.resume and (newest or name not in ("encoder", "decoder"))
-        if Path(s.out, name).exists() and not go_on:
+    must_be_new = ("checkpoints", "encoder", "decoder", "config.json")
+    if s.resume:  # but a model that no checkpoint explains is not overwritten
+        must_be_new = () if newest else ("encoder", "decoder")
+    for name in must_be_new:
+        if Path(s.out, name).exists():
             raise ValueError(f"{s.out} holds {name} already: choose another --out, "
                              "or go on with --resume")
     if s.resume and not newest:
@@ -391,9 +395,9 @@ def save_checkpoint(s: Settings, model: UniWhisper, state: dict) -> None:
             model.decoder.save(writing / "decoder", s.decoder)
         torch.save(state, writing / "trainer.pt")
         for path in [*writing.rglob("*"), writing]:
-            flush(path)  # else the rename may reach the disk before what it names
+            fsync(path)  # else the rename may reach the disk before what it names
         writing.rename(final)
-        flush(folder)
+        fsync(folder)
     except Exception as e:  # torch.save has a class of its own for a full disk
         shutil.rmtree(writing, ignore_errors=True)
         last = newest_checkpoint(s.out) or "the start"
@@ -403,7 +407,7 @@ def save_checkpoint(s: Settings, model: UniWhisper, state: dict) -> None:
         shutil.rmtree(old.rename(folder / f".old-{old.name}"), ignore_errors=True)
 
 
-def flush(path: Path) -> None:
+def fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
@@ -422,7 +426,7 @@ def fixed_settings(s: Settings, rows: Rows) -> dict:
 
 
 def load_state(checkpoint: Path | None, fixed: dict, steps: int) -> dict:
-    """A checkpoint's trainer.pt; ValueError if its settings or rows are others."""
+    """A checkpoint's trainer.pt; ValueError if settings or rows differ from its own."""
     if checkpoint is None:
         return dict(step=0, settings=fixed)
     try:
@@ -430,7 +434,7 @@ def load_state(checkpoint: Path | None, fixed: dict, steps: int) -> dict:
     except Exception as e:  # many classes, for a damaged file
         raise ValueError(f"{checkpoint}/trainer.pt is damaged ({str(e).splitlines()[0]}); "
                          "remove the folder to resume from the one before") from None
-    # A setting that is newer than the checkpoint had its default then.
+    # A checkpoint from before a setting existed ran with its default.
     then = json.loads(json.dumps(vars(Settings()))) | state["settings"]
     differ = []
     for name, value in fixed.items():
@@ -482,7 +486,7 @@ class Log:
         """Count an update: its (batch, losses (N,)), and the gradient's norm."""
         self.bad_updates = 0 if math.isfinite(norm) else self.bad_updates + 1
         for batch, losses in parts:
-            name_skipped(batch)
+            print_skipped(batch)
             self.skipped.update(task for task, _ in batch.skipped)
             self.clips += len(batch.rows) + len(batch.skipped)
             self.seconds += batch.samples.sum().item() / self.batches.sample_rate
@@ -515,7 +519,7 @@ class Log:
             raise ArithmeticError(f"{self.bad_updates} updates in a row were not finite; "
                                   "lower the learning rates or mend the rows above")
 
-    def line(self, step: int, optimizer, norm: float, words: Words) -> None:
+    def line(self, step: int, optimizer, norm: float, words: WordsLoss) -> None:
         """Say and write what all ranks did since the last line.
 
         loss (and words, of --words) is a mean over answer tokens, with --loss example, too;
@@ -563,7 +567,7 @@ def means(rows: Rows, sums) -> dict[str, float]:
     return {task: loss / n for task, (loss, n) in zip(rows.tasks, sums.tolist()) if n}
 
 
-def name_skipped(batch) -> None:
+def print_skipped(batch) -> None:
     for _, message in batch.skipped:
         print(f"skipped: {message}", file=sys.stderr, flush=True)
 
@@ -578,7 +582,7 @@ def evaluate(s: Settings, model: UniWhisper, batches: Batches) -> dict[str, floa
     # can hang (python/cpython#112275).
     for spec in specs[rank() :: world()]:
         batch = batches[spec]
-        name_skipped(batch)
+        print_skipped(batch)
         with autocast(s):
             losses = model(batch.to(s.device))
         add_losses(sums, rows, batch, losses)
@@ -598,7 +602,7 @@ def ask(s: Settings, model: UniWhisper, batches: Batches) -> list[dict]:
     return sorted(answers, key=lambda a: a["task"])
 
 
-def plain(text: str) -> list[str]:
+def normalize(text: str) -> list[str]:
     """Words, without case and the punctuation at the ends."""
     return text.casefold().strip(" .!?\"'").split()
 
@@ -619,7 +623,7 @@ def report(log: Log, model: UniWhisper, step: int, before: dict) -> dict[str, fl
         for a in answers:
             say(f"    {a['task']:14s} {a['instruction'][:40]:40s}  "
                 f"truth: {a['truth'][:50]:30s}  answer: {a['answer'][:60]!r}")
-            right += plain(a["truth"]) == plain(a["answer"])
+            right += normalize(a["truth"]) == normalize(a["answer"])
         say(f"{at}  held-out answers right: {right} of {len(answers)}")
         log.write(step, answers=answers, right=right)
     all_gather()  # the others wait for rank 0
@@ -640,7 +644,7 @@ def open_rows(s: Settings) -> Rows:
             write_clips(folder)
         all_gather()  # the others wait for rank 0
         data = sorted(map(str, folder.glob("*.jsonl")))
-    return together(Rows, data, True, {*s.train_split, s.valid_split}, s.max_seconds)
+    return on_all_ranks(Rows, data, True, {*s.train_split, s.valid_split}, s.max_seconds)
 
 
 def training_rows(s: Settings, rows: Rows) -> np.ndarray:
@@ -724,13 +728,25 @@ def catch_signals() -> list[int]:
     return caught
 
 
-def add_up(s: Settings, micro_batches, signals) -> tuple[float, float]:
-    """Over all ranks: an update's answer tokens (or clips), and the signals to stop."""
-    weights = torch.cat([token_weights(batch, s.loss) for batch in micro_batches])
-    return tuple(all_sum(torch.tensor([weights.sum(), len(signals)], device=s.device)).tolist())
+def backward(s: Settings, wrapped, words: WordsLoss, micro_batches, scaler, count, step):
+    """Add up an update's gradients -> (batch, losses (N,)) of each micro-batch.
+
+    count: the update's answer tokens (or clips), of all ranks.
+    """
+    parts = []
+    for batch in micro_batches:
+        # DDP sums the gradients over ranks in the last backward alone.
+        wrapped.require_backward_grad_sync = batch is micro_batches[-1]
+        batch = batch.to(s.device)
+        with autocast(s):
+            losses = wrapped(batch)  # (N,)
+            loss = weighted_sum(s, batch, losses) + words.loss(batch, step)
+        scaler.scale(loss / count * world()).backward()  # DDP takes the mean over ranks
+        parts.append((batch, losses.detach()))
+    return parts
 
 
-def train(s: Settings, model: UniWhisper, words: Words, log: Log, stream, state) -> bool:
+def train(s: Settings, model: UniWhisper, words: WordsLoss, log: Log, stream, state) -> bool:
     """Updates after state["step"]; False if a signal ended them. stream: batches."""
     optimizer, scaler = build_optimizer(s, model, state)
     wrapped, signals = wrap(s, model), catch_signals()
@@ -740,18 +756,11 @@ def train(s: Settings, model: UniWhisper, words: Words, log: Log, stream, state)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(s, group["name"], step)
         micro_batches = [next(stream) for _ in range(s.accumulate)]
-        count, stop = add_up(s, micro_batches, signals)
-        parts = []
-        for batch in micro_batches:
-            # DDP sums the gradients over ranks in the last backward alone.
-            wrapped.require_backward_grad_sync = batch is micro_batches[-1]
-            batch = batch.to(s.device)
-            with autocast(s):
-                losses = wrapped(batch)  # (N,)
-                loss = weighted_sum(s, batch, losses) + words.loss(batch, step)
-            # DDP takes the mean over ranks.
-            scaler.scale(loss / count * world()).backward()
-            parts.append((batch, losses.detach()))
+        weights = torch.cat([token_weights(batch, s.loss) for batch in micro_batches])
+        # Of all ranks: the number of answer tokens (or clips), and whether to stop.
+        totals = torch.tensor([weights.sum(), len(signals)], device=s.device)
+        count, stop = all_sum(totals).tolist()
+        parts = backward(s, wrapped, words, micro_batches, scaler, count, step)
         if step <= s.freeze_encoder:
             model.encoder.zero_grad()
             model.decoder.zero_grad()
@@ -770,7 +779,7 @@ def train(s: Settings, model: UniWhisper, words: Words, log: Log, stream, state)
         if save:  # after the reports: if killed before, a resumed run makes them again
             state |= dict(step=step, optimizer=optimizer.state_dict(),
                           scaler=scaler.state_dict())
-            together(save_checkpoint, s, model, state)
+            on_all_ranks(save_checkpoint, s, model, state)
         if stop:
             return False
     return True
@@ -785,14 +794,14 @@ def run(s: Settings) -> None:
     start_ranks(s)
     checkpoint = find_checkpoint(s)
     rows = open_rows(s)
-    state = together(load_state, checkpoint, fixed_settings(s, rows), s.steps)
-    specs = together(batch_specs, s, rows, state["step"])
-    model = together(build_model, s, checkpoint)
-    words = together(Words, s, rows, model.encoder)
-    locked = together(lock, s.out)  # until this process ends
+    state = on_all_ranks(load_state, checkpoint, fixed_settings(s, rows), s.steps)
+    specs = on_all_ranks(batch_specs, s, rows, state["step"])
+    model = on_all_ranks(build_model, s, checkpoint)
+    words = on_all_ranks(WordsLoss, s, rows, model.encoder)
+    locked = on_all_ranks(lock, s.out)  # until this process ends
     how = rows, model.decoder.tokenizer, model.encoder.sample_rate, s.seed, s.max_seconds
     batches = Batches(*how, s.languages)
-    in_english = Batches(*how)  # for held-out losses and questions
+    in_english = Batches(*how)  # for held-out losses and questions, which Log makes
     config = describe(s, model, rows, state["step"])
     # Readers are forked here, before gradients are summed: see `evaluate`.
     stream = iter(loader(batches, specs, s.workers, s.device == "cuda"))
@@ -831,7 +840,7 @@ def main():
         elif "DataLoader worker" in text or isinstance(e, (ConnectionError, EOFError)):
             text = (f"a process that reads audio was killed ({first}), by the system if "
                     "memory was short: lower --workers, and go on with --resume")
-        elif "onnection closed" in text or "onnection reset" in text:
+        elif re.search("connection (closed|reset)", text.lower()):
             text = f"another rank has ended ({first})"
         elif isinstance(e, RuntimeError):
             raise

@@ -42,7 +42,7 @@ CHUNK = 30 * SAMPLE_RATE  # samples: the 30 s that Whisper pads every clip to
 # In a config.json: transformers 5 calls it dtype, 4 torch_dtype.
 FLOAT32 = {"dtype": "float32", "torch_dtype": "float32"}
 SECONDS_AT_ONCE = 240  # of audio that an encoder takes at one time, without a gradient
-RUNAWAY = 32  # tokens: this many of 1 to 8 over and over are no speech
+RUNAWAY = 32  # tokens: a cycle of up to 8 that fills so many is no speech
 WINDOWS = 16  # of up to 30 s each, transcribed at one time
 LOGITS_AT_ONCE = 1024  # answer tokens with logits (N, V) at one time
 
@@ -88,7 +88,8 @@ def log_mel_spectrogram(audio, n_mels: int = 80):
     same batch changes a frame.
     """
     frames = max(1, audio.shape[-1] // HOP)
-    # One window of zeros stands for all; a clip of 30 s is mirrored there, as in Whisper.
+    # One window of zeros is enough: further ones give equal frames. A clip of 30 s gets none
+    # and is mirrored at its end, as in Whisper.
     audio = F.pad(audio, (0, max(0, min(N_FFT, CHUNK - audio.shape[-1]))))
     audio = F.pad(audio[:, None], (N_FFT // 2, N_FFT // 2), mode="reflect")[:, 0]
     windows = audio.unfold(-1, N_FFT, HOP)  # (B, F', N_FFT)
@@ -156,7 +157,7 @@ def read_ids(path, key: str, vocabulary: int) -> list[int]:
 
 
 def check_values(config: dict, folder, **needed) -> None:
-    """Refuse what is not computed here; a missing value is a good one."""
+    """Refuse a value that this code does not compute; a missing one passes."""
     for key, need in needed.items():
         value = config.get(key) or need
         if value != need:
@@ -208,7 +209,8 @@ def load_strictly(module: nn.Module, tensors: dict[str, Tensor], source) -> None
 
 
 def write_tensors(tensors: dict[str, Tensor], path) -> None:
-    """A safetensors file that others may read, too."""
+    """A safetensors file that others may read, too; makes its folder."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as e:  # no OSError, also when the disk is full
@@ -266,8 +268,8 @@ def check_audio(audio, samples):
 class Encoder(nn.Module):
     """Audio of any length -> features, window by window.
 
-    A subclass has sample_rate, width, token_samples (of a token), window (tokens),
-    encode_window, from_pretrained and save.
+    A subclass has sample_rate, width, token_samples (of a token), window (tokens), config,
+    layers, checkpoint_layers, encode_window, keep_layers, from_pretrained and save.
     """
 
     @property
@@ -325,24 +327,25 @@ class Encoder(nn.Module):
 
 # ---------------------------------------------------------------- Whisper's encoder
 
-ENCODER_SIZES = ("d_model", "encoder_attention_heads", "encoder_layers", "encoder_ffn_dim",
-                 "num_mel_bins", "max_source_positions")
-DECODER_SIZES = ("d_model", "decoder_attention_heads", "decoder_layers", "decoder_ffn_dim",
-                 "vocab_size", "max_target_positions")
+WHISPER_SIZES = {
+    "encoder": ("d_model", "encoder_attention_heads", "encoder_layers", "encoder_ffn_dim",
+                "num_mel_bins", "max_source_positions"),
+    "decoder": ("d_model", "decoder_attention_heads", "decoder_layers", "decoder_ffn_dim",
+                "vocab_size", "max_target_positions")}
 
 
-def read_whisper_config(folder, sizes) -> dict:
+def read_whisper_config(folder, side: str) -> dict:
     """Whisper's config.json, checked for its encoder or its decoder."""
     c = read_config(folder, ("whisper",))
-    check_sizes(c, folder, *sizes)
+    check_sizes(c, folder, *WHISPER_SIZES[side])
     check_values(c, folder, activation_function="gelu")
-    if c["d_model"] % c[sizes[1]]:
+    if c["d_model"] % c[f"{side}_attention_heads"]:
         raise bad_config(folder, "d_model", c["d_model"], "a multiple of the heads")
     return c
 
 
 class WhisperAttention(nn.Module):
-    """Of the encoder; causal or over the audio in the decoder."""
+    """Multi-head attention: the encoder's, the decoder's causal one, and that to the audio."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -352,17 +355,14 @@ class WhisperAttention(nn.Module):
         self.v_proj = nn.Linear(width, width)
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x, mask=None):
-        return self.attend(x, self.keys(x), mask)
-
-    def keys(self, x):
+    def keys_values(self, x):
         """x (B, T, D) -> keys and values, (B, H, T, D / H) each."""
         return self.split(self.k_proj(x)), self.split(self.v_proj(x))
 
-    def attend(self, x, keys, mask=None, causal: bool = False):
-        """x (B, L, D) looks up `keys`, and values, where mask is True -> (B, L, D)."""
+    def forward(self, x, keys_values, mask=None, causal: bool = False):
+        """x (B, L, D) attends to `keys_values` where mask is True -> (B, L, D)."""
         q = self.split(self.q_proj(x))  # (B, H, L, D / H)
-        y = F.scaled_dot_product_attention(q, *keys, mask, is_causal=causal)
+        y = F.scaled_dot_product_attention(q, *keys_values, mask, is_causal=causal)
         return self.out_proj(y.transpose(1, 2).flatten(2))
 
     def split(self, x):
@@ -379,7 +379,8 @@ class WhisperLayer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(width)
 
     def forward(self, x, mask=None):
-        x = x + self.self_attn(self.self_attn_layer_norm(x), mask)
+        y = self.self_attn_layer_norm(x)
+        x = x + self.self_attn(y, self.self_attn.keys_values(y), mask)
         return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
 
 
@@ -409,7 +410,7 @@ class WhisperEncoder(Encoder):
     @classmethod
     def from_pretrained(cls, folder) -> "WhisperEncoder":
         """Read a Hugging Face Whisper folder (encoder alone or whole), as float32."""
-        config = read_whisper_config(folder, ENCODER_SIZES)
+        config = read_whisper_config(folder, "encoder")
         with torch.device("meta"):
             encoder = cls(config)
         tensors = {}
@@ -467,7 +468,6 @@ class WhisperEncoder(Encoder):
         source: where training started; its decoder, tokenizer and so on are copied.
         """
         folder, config, tensors = Path(folder), self.config, {}
-        folder.mkdir(parents=True, exist_ok=True)
         for name, tensor in self.state_dict().items():
             tensors[f"model.encoder.{name}"] = tensor.cpu()
         if source is not None:
@@ -477,7 +477,7 @@ class WhisperEncoder(Encoder):
                 tensors.setdefault(name, tensor)
             copy_texts(source, folder)
             config = read_json(Path(source, "config.json"))
-            for key in ENCODER_SIZES:  # others may be those of another decoder
+            for key in WHISPER_SIZES["encoder"]:  # others may be those of another decoder
                 config[key] = self.config[key]
         write_tensors(tensors, folder / "model.safetensors")
         config = {"architectures": ["WhisperForConditionalGeneration"], **config,
@@ -591,7 +591,8 @@ class ClapEncoder(Encoder):
         x = model.patch_embed(model.reshape_mel2img(mel))  # (B, height * width, D)
         for stage, grid in zip(self.layers, model.input_resolutions):
             x = run_layer(stage, self.checkpoint_layers, x, grid)[0]
-        # Pieces of time lie one below the other, each with its bins of frequency.
+        # Rows of the grid: stretches of time, one below the other, each with its bins of
+        # frequency. Columns: the time steps of a stretch.
         pieces, width = model.freq_ratio, self.window // model.freq_ratio
         x = model.norm(x).unflatten(1, (pieces, -1, width))
         return x.mean(2).flatten(1, 2)
@@ -613,18 +614,16 @@ class ClapEncoder(Encoder):
         source: where training started; its text side and so on are copied.
         Without, the folder is a ClapAudioModel's.
         """
-        folder, tensors = Path(folder), {}
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, tensor in self.state_dict().items():
-            tensors[name] = tensor.cpu()
+        folder = Path(folder)
+        tensors = {name: tensor.cpu() for name, tensor in self.state_dict().items()}
         config = {"architectures": ["ClapAudioModel"], **self.config,
                   "model_type": "clap_audio_model"}
         if source is not None:
             copy_texts(source, folder)
-            config, old = read_json(Path(source, "config.json")), read_weights(source)
-            for name, tensor in old.items():
-                old[name] = tensors.get(name.removeprefix("audio_model."), tensor)
-            tensors = old
+            config = read_json(Path(source, "config.json"))
+            trained, tensors = tensors, read_weights(source)
+            for name, old in tensors.items():
+                tensors[name] = trained.get(name.removeprefix("audio_model."), old)
         write_tensors(tensors, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(config | FLOAT32, indent=2))
 
@@ -695,8 +694,14 @@ class Decoder(nn.Module):
 
     A frozen one computes in the dtype it is loaded in, also under autocast: no step
     casts its weights. One that trains is float32, under autocast as an encoder is.
-    A subclass has a TOKENIZER's class, the PREFIX of its parameters' names, layers,
-    kv_heads (number, width) and read_config.
+    A subclass has TOKENIZER (a class), PREFIX (of its parameters' names in a file), layers,
+    kv_heads (number, width of each), read_config, audio_rms (the scale of the audio that it
+    takes) and, for audio (B, A, D), lengths (B,) on the CPU, prompts and answers as B lists of
+    ids:
+    answer_states(audio, lengths, prompts, answers) -> (N, D), which predict the answer tokens,
+    one clip after the other;
+    generate(audio, lengths, prompts, max_new_tokens) -> greedy answers, B lists of ids without
+    the end token.
     """
 
     def __init__(self, config: dict, tokenizer, width: int):
@@ -722,11 +727,11 @@ class Decoder(nn.Module):
             name = name.removeprefix("model.").removeprefix("decoder.")
             if not name.startswith(("encoder.", "proj_out.")):  # Whisper's
                 tensors[name] = tensor.to(dtype)
-        tied = config.get("tie_word_embeddings") and "embed_tokens.weight" in tensors
-        if tied:
+        tied = config.get("tie_word_embeddings")
+        if tied and "embed_tokens.weight" in tensors:
             tensors["lm_head.weight"] = tensors["embed_tokens.weight"]
         load_strictly(decoder, tensors, folder)
-        if tied:  # not only the same numbers: one parameter
+        if tied:  # one parameter, not only equal numbers
             decoder.lm_head.weight = decoder.embed_tokens.weight
         return decoder.requires_grad_(False).eval()
 
@@ -760,8 +765,8 @@ class Decoder(nn.Module):
         """Greedy answers to chats as lists of ids, without the end token.
 
         embeds (B, L, D): of the chats; read(embeds, caches, positions) -> states.
-        transcript: without what Whisper suppresses in one, and an answer also ends
-        where `repeated` finds a run-away repetition.
+        transcript: what Whisper suppresses is never chosen, and an answer also ends where
+        `repeated` finds a cycle.
         """
         clips, length, _ = embeds.shape
         heads, width = self.kv_heads
@@ -777,8 +782,8 @@ class Decoder(nn.Module):
             logits = self.unembed(states)  # (B, V)
             if transcript:
                 logits[:, self.suppressed] = -math.inf
-            if transcript and step == 0:
-                logits[:, self.suppressed_first] = -math.inf
+                if step == 0:
+                    logits[:, self.suppressed_first] = -math.inf
             new = logits.argmax(-1)  # (B,)
             for clip, token in enumerate(new.tolist()):
                 if token in self.tokenizer.stop:
@@ -796,7 +801,7 @@ class Decoder(nn.Module):
 
 
 def repeated(ids: list[int]) -> int:
-    """1 to 8 where the last 32 ids are so many, over and over; else 0."""
+    """The length, 1 to 8, of a cycle that fills the last 32 ids; 0 if there is none."""
     tail = ids[-RUNAWAY:]
     for length in range(1, 9):
         if len(tail) == RUNAWAY and tail[length:] == tail[:-length]:
@@ -811,7 +816,7 @@ def pad_ids(chats: list[list[int]]):
 
 
 def predicting(chats: list[list[int]], answers: list[list[int]]):
-    """Which tokens (B, L) predict one of an answer's; chats end before its last."""
+    """Which positions (B, L) predict an answer's tokens; a chat ends with all but its last."""
     predicts = torch.zeros(len(chats), max(map(len, chats)), dtype=torch.bool)
     for i, (chat, answer) in enumerate(zip(chats, answers)):
         # The token before the answer predicts its first token, and so on.
@@ -999,17 +1004,14 @@ class QwenDecoder(Decoder):
         return embeds
 
     def answer_states(self, audio, lengths, prompts, answers):
-        """The states (N, D) that predict the answer tokens, one clip after the other.
-
-        audio (B, A, D), lengths (B,) on the CPU; prompts, answers: B lists of ids each.
-        """
+        """See Decoder."""
         chats = self.layout(lengths, prompts, answers)
         states = self(self.embed(chats, audio, lengths))  # (B, L, D)
         return states[predicting(chats, answers)]
 
     @torch.no_grad()
     def generate(self, audio, lengths, prompts, max_new_tokens: int):
-        """Greedy answers as lists of ids, without the end token; inputs as above."""
+        """See Decoder."""
         chats = self.layout(lengths, prompts, [[]] * len(prompts))
         embeds = self.embed(chats, audio, lengths)  # (B, L, D)
         return self.greedy(self, embeds, chats, max_new_tokens)
@@ -1017,8 +1019,8 @@ class QwenDecoder(Decoder):
 
 # ---------------------------------------------------------------- Whisper's decoder
 
-# Whisper's codes and names of languages (openai/whisper, tokenizer.py).
-LANGUAGES = """
+# Whisper's codes of languages, by name (openai/whisper, tokenizer.py).
+LANGUAGE_CODES = {name: code for code, name in map(str.split, """
 en english, zh chinese, de german, es spanish, ru russian, ko korean, fr french,
 ja japanese, pt portuguese, tr turkish, pl polish, ca catalan, nl dutch, ar arabic,
 sv swedish, it italian, id indonesian, hi hindi, fi finnish, vi vietnamese, he hebrew,
@@ -1033,7 +1035,7 @@ ka georgian, be belarusian, tg tajik, sd sindhi, gu gujarati, am amharic, yi yid
 lo lao, uz uzbek, fo faroese, ht haitian-creole, ps pashto, tk turkmen, nn nynorsk,
 mt maltese, sa sanskrit, lb luxembourgish, my myanmar, bo tibetan, tl tagalog,
 mg malagasy, as assamese, tt tatar, haw hawaiian, ln lingala, ha hausa, ba bashkir,
-jw javanese, su sundanese, yue cantonese"""
+jw javanese, su sundanese, yue cantonese""".split(","))}
 
 
 class WhisperTokenizer(TextTokenizer):
@@ -1059,17 +1061,13 @@ class WhisperTokenizer(TextTokenizer):
 
         language: a code or a name, nl or Dutch.
         """
-        for pair in LANGUAGES.split(","):
-            code, name = pair.split()
-            if language.lower() == name:
-                language = code
-        known = self.languages if self.multilingual else {"en": None}
+        language = LANGUAGE_CODES.get(language.lower().replace(" ", "-"), language)
+        known = self.languages if self.multilingual else ["en"]
         if language not in known:
             raise ValueError(f"language is {language!r}; this Whisper knows "
                              f"{', '.join(known)}")
-        names = "<|startoftranscript|>", "<|notimestamps|>"
-        if self.multilingual:
-            names = names[0], f"<|{language}|>", "<|transcribe|>", names[1]
+        task = [f"<|{language}|>", "<|transcribe|>"] if self.multilingual else []
+        names = ["<|startoftranscript|>", *task, "<|notimestamps|>"]
         return [self.tokenizer.token_to_id(name) for name in names]
 
     def prompt(self, instruction: str) -> list[int]:
@@ -1097,16 +1095,16 @@ class WhisperDecoderLayer(WhisperLayer):
         self.encoder_attn = WhisperAttention(width, heads)
         self.encoder_attn_layer_norm = nn.LayerNorm(width)
 
-    def forward(self, x, audio_keys, audio_mask, cache=None, positions=None):
+    def forward(self, x, audio_keys_values, audio_mask, cache=None, positions=None):
         """x (B, L, D) -> (B, L, D), causal; with a cache, x is at positions (B, L)."""
         y = self.self_attn_layer_norm(x)
-        k, v = self.self_attn.keys(y)
-        seen = None
+        k, v = self.self_attn.keys_values(y)
+        mask = None
         if cache is not None:
-            k, v, seen = cache.write(k, v, positions)
-        x = x + self.self_attn.attend(y, (k, v), seen, causal=seen is None)
+            k, v, mask = cache.write(k, v, positions)
+        x = x + self.self_attn(y, (k, v), mask, causal=mask is None)
         y = self.encoder_attn_layer_norm(x)
-        x = x + self.encoder_attn.attend(y, audio_keys, audio_mask)
+        x = x + self.encoder_attn(y, audio_keys_values, audio_mask)
         return x + self.fc2(F.gelu(self.fc1(self.final_layer_norm(x))))
 
 
@@ -1121,21 +1119,20 @@ class WhisperDecoder(Decoder):
 
     def __init__(self, config: dict, tokenizer: WhisperTokenizer):
         super().__init__(config, tokenizer, config["d_model"])
-        tokenizer.multilingual = config["vocab_size"] >= 51865
-        self.suppressed = config["suppress_tokens"]  # ids that no transcript holds,
-        self.suppressed_first = config["begin_suppress_tokens"]  # or none starts with
+        tokenizer.multilingual = config["vocab_size"] >= 51865  # as openai/whisper tells
+        self.suppressed = config["suppress_tokens"]  # ids: never in a transcript
+        self.suppressed_first = config["begin_suppress_tokens"]  # never its first
         heads, ffn = config["decoder_attention_heads"], config["decoder_ffn_dim"]
         self.kv_heads = heads, self.width // heads
         self.window = config["max_target_positions"]  # tokens of prompt and answer: 448
         self.embed_positions = nn.Embedding(self.window, self.width)
-        self.layers = nn.ModuleList()
-        for _ in range(config["decoder_layers"]):
-            self.layers.append(WhisperDecoderLayer(self.width, heads, ffn))
+        layers = range(config["decoder_layers"])
+        self.layers = nn.ModuleList(WhisperDecoderLayer(self.width, heads, ffn) for _ in layers)
         self.layer_norm = nn.LayerNorm(self.width)
 
     @staticmethod
     def read_config(folder) -> dict:
-        c = read_whisper_config(folder, DECODER_SIZES)
+        c = read_whisper_config(folder, "decoder")
         check_values(c, folder, scale_embedding=False)
         path = Path(folder, "generation_config.json")
         if not path.exists():  # as in transformers; where it is, it alone counts
@@ -1155,21 +1152,21 @@ class WhisperDecoder(Decoder):
             mask = real[:, None, None, :].to(audio.device, non_blocking=True)
         with self.autocast(audio.device):
             audio = audio.to(self.embed_tokens.weight.dtype)
-            return [layer.encoder_attn.keys(audio) for layer in self.layers], mask
+            return [layer.encoder_attn.keys_values(audio) for layer in self.layers], mask
 
     def forward(self, heard, embeds, caches=None, positions=None):
         """embeds (B, L, D), padded on the right -> states (B, L, D); heard: see `hear`.
 
         In generation: a cache for each layer, and the tokens' positions (B, L) in it.
         """
-        audio_keys, mask = heard
+        audio_keys_values, mask = heard
         if positions is None:
             positions = torch.arange(embeds.shape[1], device=embeds.device)[None]
         x = embeds + self.embed_positions(positions)
         with self.autocast(x.device):
             for i, layer in enumerate(self.layers):
                 cache = caches[i] if caches else None
-                x = run_layer(layer, self.checkpoint_layers, x, audio_keys[i], mask,
+                x = run_layer(layer, self.checkpoint_layers, x, audio_keys_values[i], mask,
                               cache, positions)
             return self.layer_norm(x)
 
@@ -1183,19 +1180,15 @@ class WhisperDecoder(Decoder):
         return self.embed_tokens(pad_ids(chats).to(device, non_blocking=True))
 
     def answer_states(self, audio, lengths, prompts, answers):
-        """The states (N, D) that predict the answer tokens, one clip after the other.
-
-        audio (B, A, D), lengths (B,) on the CPU; prompts, answers: B lists of ids each.
-        """
-        chats = []
-        for prompt, answer in zip(prompts, answers):
-            chats.append(prompt + answer[:-1])  # its end token predicts nothing
+        """See Decoder."""
+        # The end token predicts nothing.
+        chats = [prompt + answer[:-1] for prompt, answer in zip(prompts, answers)]
         states = self(self.hear(audio, lengths), self.embed(chats))  # (B, L, D)
         return states[predicting(chats, answers)]
 
     @torch.no_grad()
     def generate(self, audio, lengths, prompts, max_new_tokens: int, transcript=False):
-        """Greedy answers as lists of ids, without the end token; see `greedy`."""
+        """See Decoder; transcript: see `greedy`."""
         read = partial(self, self.hear(audio, lengths))
         embeds = self.embed(prompts, max_new_tokens)  # (B, L, D)
         return self.greedy(read, embeds, prompts, max_new_tokens, transcript)
@@ -1206,8 +1199,8 @@ class WhisperDecoder(Decoder):
         t = self.tokenizer
         if not t.multilingual:
             return ["en"] * len(audio)
-        prompts, answers = [[t.start]] * len(audio), [[t.end]] * len(audio)
-        states = self.answer_states(audio, lengths, prompts, answers)  # (B, D)
+        start = self.embed([[t.start]] * len(audio))  # (B, 1, D)
+        states = self(self.hear(audio, lengths), start)[:, 0]  # (B, D)
         codes, ids = list(t.languages), list(t.languages.values())
         best = self.unembed(states)[:, ids].argmax(-1)  # (B,)
         return [codes[i] for i in best.tolist()]
@@ -1227,12 +1220,12 @@ def new_adapter(encoder, decoder, stack: int) -> nn.Module:
 
     stack 0: no adapter.
     """
-    if stack == 0 and encoder.width == decoder.width:
-        return adapters.NoAdapter()
-    if stack == 0:
+    if stack:
+        return adapters.StackAdapter(encoder.width, decoder.width, stack, decoder.audio_rms())
+    if encoder.width != decoder.width:
         raise ValueError(f"stack is 0, no adapter, but the encoder is {encoder.width} wide "
                          f"and the decoder {decoder.width}; use 1 or more")
-    return adapters.StackAdapter(encoder.width, decoder.width, stack, decoder.audio_rms())
+    return adapters.NoAdapter()
 
 
 class UniWhisper(nn.Module):
@@ -1247,7 +1240,8 @@ class UniWhisper(nn.Module):
     def __init__(self, encoder, adapter: nn.Module, decoder):
         super().__init__()
         self.encoder, self.adapter, self.decoder = encoder, adapter, decoder
-        decoder.requires_grad_(False).eval()  # gradients pass, but change nothing in it
+        # Frozen: gradients pass, but change nothing (train.py's --lr-decoder thaws it).
+        decoder.requires_grad_(False).eval()
 
     def forward(self, batch):
         """Losses (N,) of the answer tokens, float32, one clip after the other.
@@ -1276,7 +1270,7 @@ class UniWhisper(nn.Module):
     @torch.no_grad()
     def generate(self, audio, samples, instructions: list[str],
                  max_new_tokens: int = 64) -> list[str]:
-        """Greedy answers about clips: audio (B, S), samples (B,) -> B texts."""
+        """Greedy answers about clips: audio and samples as in `encode` -> B texts."""
         tokenizer = self.decoder.tokenizer
         prompts = [tokenizer.prompt(text) for text in instructions]
         features, lengths = self.encoder.encode(audio, samples)
@@ -1374,7 +1368,8 @@ UniWhisper's `load_encoder(FOLDER).pooled(audio)` does both.
 
 ## Limits
 
-A decoder in this folder is the base model's. It may no longer read this encoder well.
+A decoder in this folder may no longer read this encoder well: but where it was trained,
+too, it is the base model's.
 The licence is the base model's; that of the training clips may bind you, too.
 """
 
@@ -1392,16 +1387,18 @@ def model_card(settings: dict, encoder) -> str:
     """A README.md as on the Hub; with scores where OUT holds probe.py's scores.json."""
     source = settings["encoder"]
     base = read_json(Path(source, "config.json")).get("_name_or_path") or Path(source).name
-    licence, card = "", Path(source, "README.md")
-    if card.exists():
-        for line in card.read_text("utf-8").splitlines():
-            if line.startswith("license:"):
-                licence = line + "\n"
-    # Settings that are no folders, and differ from one run to the next.
+    card = Path(source, "README.md")
+    lines = card.read_text("utf-8").splitlines() if card.exists() else []
+    licence = next((line + "\n" for line in lines if line.startswith("license:")), "")
+    # What a reader needs to judge the weights.
     shown = []
-    for key in ("seed", "stack", "batch_seconds", "accumulate", "loss", "lr_encoder",
-                "lr_adapter", "lr_decoder", "precision"):
-        shown.append(f"{key} {settings.get(key)}")
+    for key in ("seed", "stack", "batch_seconds", "accumulate", "loss", "lr_encoder", "lr_adapter",
+                "lr_decoder", "freeze_encoder", "words", "words_weight", "languages",
+                "task_weights", "precision", "blend"):
+        value = settings.get(key)
+        if value not in (None, [], ()):
+            value = " ".join(value) if isinstance(value, (list, tuple)) else value
+            shown.append(f"{key} {value}")
     tasks, hours = settings.get("tasks", {}), settings.get("hours")
     return CARD.format(
         base=base, licence=licence, width=encoder.width,
@@ -1429,6 +1426,7 @@ def card_scores(path: Path) -> str:
 
 # ---------------------------------------------------------------- command line
 
+# For the settings of train.py and probe.py.
 def flag(default, help: str, **more):
     """A field of a settings dataclass that is also a command-line flag."""
     return field(default=default, metadata={"help": help, **more})
@@ -1447,6 +1445,7 @@ def parse_flags(settings_class, description: str, argv=None) -> dict:
         if f.type is bool:
             options["action"] = "store_true"
         else:
+            # tuple[str, ...] takes str.
             options["type"] = (get_args(f.type) or (f.type,))[0]
             if f.default not in (None, "", ()):
                 options["help"] += f" ({f.default})"
@@ -1463,22 +1462,36 @@ def refuse_to_overwrite(target, *inputs) -> None:
             raise ValueError(f"{target} is what is read here; write to another place")
 
 
+def named_clips(paths, sample_rate: int) -> dict:
+    """Audio files, manifests and tars -> name -> a function that reads the clip."""
+    from data import Rows, read_audio  # used by commands alone
+
+    clips, folders = {}, {}  # folders: where a name is looked up
+    for path in paths:
+        if path.endswith((".jsonl", ".tar")):
+            rows, folder = Rows([path]), Path(path).resolve()
+            folder = folder if path.endswith(".tar") else folder.parent
+            found = {rows[i]["audio"]: partial(rows.audio, i, sample_rate)
+                     for i in range(len(rows))}
+        else:
+            found, folder = {path: partial(read_audio, path, sample_rate)}, Path.cwd()
+        for name in found:
+            if folders.setdefault(name, folder) != folder:
+                raise ValueError(f"{path}: {name} is also a clip of {folders[name]}, and features "
+                                 "need a name each: encode the two apart")
+        clips |= found
+    return clips
+
+
 @torch.inference_mode()
 def encode(args) -> None:
     """Features of clips -> one file."""
-    from data import AudioError, Rows, read_audio  # used here alone
+    from data import AudioError
 
     weights = Path(args.encoder, "model.safetensors")
     refuse_to_overwrite(args.out, *args.audio, weights)
     encoder = load_encoder(args.encoder).eval()
-    clips = {}  # name -> a function that reads the clip
-    for path in args.audio:
-        if path.endswith((".jsonl", ".tar")):
-            rows = Rows([path])
-            for i in range(len(rows)):
-                clips[rows[i]["audio"]] = partial(rows.audio, i, encoder.sample_rate)
-        else:
-            clips[path] = partial(read_audio, path, encoder.sample_rate)
+    clips = named_clips(args.audio, encoder.sample_rate)
     features, skipped = {}, []
     for name, read in clips.items():
         try:
@@ -1490,7 +1503,6 @@ def encode(args) -> None:
         features[name] = x[0].contiguous()  # (D,) or (T, D)
         print(f"{name}: {tuple(features[name].shape)}")
     if features:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
         write_tensors(features, args.out)
     if skipped:
         raise ValueError("\n".join(skipped))
@@ -1503,9 +1515,7 @@ def ask(args) -> None:
         raise ValueError("--max-new-tokens must be above 0")
     model = load_run(args.run)
     audio = read_audio(args.audio, model.encoder.sample_rate)
-    samples = torch.tensor([len(audio)])
-    texts = model.generate(audio[None], samples, [args.question], args.max_new_tokens)
-    print(texts[0])
+    print(*model.generate(audio, None, [args.question], args.max_new_tokens))
 
 
 @torch.inference_mode()
@@ -1545,7 +1555,7 @@ def transcribe_clips(encoder, decoder, clips, languages, context: str = "30s"):
     """
     windows = {}  # (clip, number in the clip) -> audio (S,)
     for clip, audio in enumerate(clips):
-        for number, window in enumerate(audio.split(encoder.window * TOKEN)):
+        for number, window in enumerate(audio.split(encoder.window * encoder.token_samples)):
             windows[clip, number] = window
     # A clip's first window tells the language of the others.
     first = [place for place in windows if place[1] == 0]
@@ -1571,9 +1581,9 @@ def transcribe_clips(encoder, decoder, clips, languages, context: str = "30s"):
 
 def transcribe_windows(encoder, decoder, windows, languages, context: str = "30s"):
     """Audio (S,) of up to 30 s each -> text, language, repeat for each; see above."""
-    samples = torch.tensor([len(audio) for audio in windows])
-    if context == "30s":
-        samples[:] = encoder.window * TOKEN
+    # Not pad_to_window: the decoder also has to hear the silence.
+    size = encoder.window * encoder.token_samples
+    samples = torch.tensor([size if context == "30s" else len(audio) for audio in windows])
     audio = nn.utils.rnn.pad_sequence(windows, batch_first=True)  # (B, S)
     audio, lengths = encoder.encode(audio, samples)  # (B, T, D)
     if not all(languages):
@@ -1598,6 +1608,7 @@ def export(args) -> None:
     settings, newest = open_run(args.run)
     settings["out"] = args.run  # it may have been moved
     settings["steps"] = int(newest.name.removeprefix("step-"))
+    settings["blend"] = args.blend
     beside = Path(args.folder, "decoder")
     source, trained = settings["encoder"], newest / "encoder"
     for target in (args.folder, beside):
@@ -1605,20 +1616,23 @@ def export(args) -> None:
     if not 0 <= args.blend <= 1:
         raise ValueError(f"--blend is {args.blend:g}; it must be from 0 to 1")
     encoder, decoder = load_encoder(trained), None
-    blend(encoder, load_encoder, source, args.blend)
     if (newest / "decoder").exists():
         decoder = load_decoder(newest / "decoder")
-        blend(decoder, load_decoder, settings["decoder"], args.blend)
+    if args.blend != 1:
+        blend(encoder, load_encoder(source), args.blend)
+        if decoder is not None:
+            blend(decoder, load_decoder(settings["decoder"]), args.blend)
     export_run(args.folder, beside, settings, encoder, decoder)
     print(f"{args.folder}: {trained}, {args.blend:g} of the way from {source}")
 
 
-def blend(trained: nn.Module, load, source, share: float) -> None:
-    """Weights in between forget less (Wortsman et al., arXiv 2109.01903)."""
-    if share != 1:
-        start = load(source)
-        for p, before in zip(trained.parameters(), start.parameters(), strict=True):
-            p.lerp_(before, 1 - share)
+def blend(trained: nn.Module, start: nn.Module, share: float) -> None:
+    """Move trained weights to `share` of the way from the start's.
+
+    Weights in between forget less (Wortsman et al., arXiv 2109.01903).
+    """
+    for p, before in zip(trained.parameters(), start.parameters(), strict=True):
+        p.lerp_(before, 1 - share)
 
 
 def main():

@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from data import TRANSLATIONS, Batches, Rows, held_out  # noqa: E402
-from train import name_skipped, plain  # noqa: E402
+from train import normalize, print_skipped  # noqa: E402
 from uniwhisper import load_run  # noqa: E402
 
 LONGEST = 64  # tokens of an answer
@@ -37,7 +37,7 @@ def ask(a, run: str, rows: Rows) -> list[dict]:
     answers = []
     for spec in held_out(rows, a.on, a.clips, SECONDS):
         batch = batches[spec].to(a.device)
-        name_skipped(batch)
+        print_skipped(batch)
         asked = [dict(task=t, truth=text) for t, text in zip(batch.tasks, batch.texts)]
         for language in a.languages:
             texts = model.generate(batch.audio, batch.samples, questions(batch, language),
@@ -54,10 +54,10 @@ def score(answers: list[dict], language: str) -> dict:
     scores = {}
     for clip in answers:
         task = scores.setdefault(clip["task"], dict(clips=0, right=0, as_in_english=0))
-        answer = plain(clip[language])
+        answer = normalize(clip[language])
         task["clips"] += 1
-        task["right"] += answer == plain(clip["truth"])
-        task["as_in_english"] += answer == plain(clip["en"])
+        task["right"] += answer == normalize(clip["truth"])
+        task["as_in_english"] += answer == normalize(clip["en"])
     for task in scores.values():
         task["right"] /= task["clips"]
         task["as_in_english"] /= task["clips"]

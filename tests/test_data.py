@@ -387,6 +387,7 @@ BAD_ROWS = {
     "answer is null": (row(answer=None), "answer is None"),
     "audio is null": (row(audio=None), 'lacks "audio"'),
     "seconds below 0": (row(seconds=-1), "seconds is -1"),
+    "seconds beyond a float": (row(seconds=1e39), "seconds is 1e+39"),
     "split is NaN": (row(split=math.nan), "not JSON (NaN is no JSON; use null)"),
     "seconds is infinite": (row(seconds=math.inf), "not JSON (Infinity is no JSON"),
     "set for split": (row(set="test"), 'has "set" but no "split"; rename or drop it'),

@@ -452,12 +452,12 @@ def test_features_do_not_depend_on_the_batch(tmp_path, folder):
     rows = [({"label": "ab"[i % 2], "split": "train"}, tone(500 + 100 * i, 0.2 + 0.37 * i, seed=i)) for i in range(8)]
     (task,) = probe.manifest_tasks(Rows(write_manifest(tmp_path, "mixed", rows)))
     whole = encoder
-    for more in ({}, {"context": "window"}, {"pool": "mean+std"}, {"layer": 1}):
+    for more in ({}, {"context": "window"}, {"layer": 1}):
         encoder = probe.open_encoder(folder, more.get("layer"))
         x, clip, _ = probe.extract(encoder, task, settings(tmp_path, **more), quiet)
         alone, _, _ = probe.extract(encoder, task, settings(tmp_path, batch_seconds=0.01, **more), quiet)
         torch.testing.assert_close(x, alone, atol=1e-5, rtol=1e-5)
-        assert clip.tolist() == list(range(8)) and x.shape == (8, 48 if "pool" in more else 24)
+        assert clip.tolist() == list(range(8)) and x.shape == (8, 24)
     encoder = whole
     for i, (_, audio) in enumerate(rows):  # the mean over real tokens alone
         tokens = encoder.encode(torch.from_numpy(audio)[None], torch.tensor([len(audio)]))[0][0]
@@ -511,7 +511,7 @@ def test_cache_knows_weights_clips_and_settings(tmp_path, folder):
     assert calls and files() == 2 and not torch.allclose(changed, first)
     weights[3] = was
     assert torch.equal(features(), first) and files() == 2
-    for n, more in enumerate(({"context": "window"}, {"pool": "mean+std"}, {"precision": "bf16"}), 3):
+    for n, more in enumerate(({"context": "window"}, {"precision": "bf16"}), 3):
         features(settings(tmp_path, **more))
         assert files() == n
     cut, made = probe.open_encoder(folder, 1), probe.fingerprint(encoder)

@@ -230,7 +230,7 @@ def gradient(world, out, loss, sizes, checkpoint_layers=False):
         patch.setattr(train, "learning_rate", lambda *a: 1.0)
         patch.setattr(train, "save_checkpoint", lambda *a: None)
         patch.setattr(train, "catch_signals", list)
-        words, log = train.Words(s, rows, model.encoder), train.Log(s, batches, 0)
+        words, log = train.WordsLoss(s, rows, model.encoder), train.Log(s, batches, 0)
         assert train.train(s, model, words, log, map(batches.__getitem__, specs), dict(step=0))
     line = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()][-2]
     moved = {k: p.detach() - before[k] for k, p in model.named_parameters() if p.requires_grad}
@@ -632,7 +632,7 @@ def features_of(encoder, batch, i, silence):
 @pytest.mark.parametrize("step", [3, 4])
 def test_whispers_decoder_reads_the_clips_of_words_too(kept, step):
     s, model, rows, batch, clips = kept
-    words = train.Words(s, rows, model.encoder)
+    words = train.WordsLoss(s, rows, model.encoder)
     decoder = words.reader.decoder
     assert words.reader.encoder is model.encoder and not any(p.requires_grad for p in decoder.parameters())
     # 17 s a batch: one clip of 30 s.
@@ -787,6 +787,19 @@ def test_no_room_for_the_encoder(undisturbed, world, tmp_path):
     size = (undisturbed.out / "encoder/model.safetensors").stat().st_size
     assert "run/encoder" in Run(options(world, tmp_path / "run", resume=True),
                                 partial(limit_file_size, size // 2)).fail()
+
+
+def test_resume_looks_in_the_folder_that_the_run_writes_to(world, tmp_path, monkeypatch, capsys):
+    """With --data the default is out, without it the example's."""
+    monkeypatch.chdir(tmp_path)
+    models = {"encoder": str(world.encoder), "decoder": str(world.decoder)}
+    for folder, seed in (("out", 5), ("out/example", 7)):
+        Path(folder).mkdir()
+        Path(folder, "config.json").write_text(json.dumps({"steps": 9, "seed": seed, **models}))
+    s = train.parse(options(world, None, resume=True))
+    assert s.out == str(tmp_path / "out") and s.seed == 5
+    assert train.parse(["--resume"]).seed == 7
+    assert "gone/config.json is missing: there is no run to resume" in error(capsys, "--resume", "--out", "gone")
 
 
 def test_resume_wants_the_same_settings(undisturbed, world, tmp_path, capsys):

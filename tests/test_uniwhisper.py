@@ -689,6 +689,9 @@ def test_whispers_prompts_and_answers(talking_whisper, english_whisper):
     spell = lambda ids: t.tokenizer.decode(ids, skip_special_tokens=False)
     assert list(t.languages) == ["en", "nl", "el"]
     assert spell(t.transcription("nl")) == "<|startoftranscript|><|nl|><|transcribe|><|notimestamps|>"
+    assert t.transcription("Dutch") == t.transcription("nl")
+    with pytest.raises(ValueError, match="language is 'ht'; this Whisper knows en, nl, el"):
+        t.transcription("Haitian Creole")
     assert spell(english.transcription()) == "<|startoftranscript|><|notimestamps|>"
     assert spell(t.prompt("Who speaks?")) == (
         "<|startofprev|> Who speaks?<|startoftranscript|><|en|><|transcribe|><|notimestamps|>")
@@ -1180,6 +1183,20 @@ def test_encode_takes_manifests_pools_and_names_what_it_skips(whisper, tmp_path,
     audio = torch.from_numpy(tone(0.5, 700))
     expected = encoder.encode(audio[None], torch.tensor([len(audio)]))[0][0].mean(0)
     assert_close(features["b.wav"], expected.detach(), 1e-3)
+
+
+def test_encode_refuses_two_clips_of_one_name(whisper, tmp_path, monkeypatch):
+    manifests = []
+    for folder in ("one", "two"):
+        write_clip(tmp_path / folder / "a.wav", tone(0.2))
+        manifests.append(write_manifest(tmp_path / folder / "rows.jsonl", [dict(audio="a.wav")]))
+    same = write_manifest(tmp_path / "one/again.jsonl", [dict(audio="a.wav")])
+    out = tmp_path / "f.safetensors"
+    command(monkeypatch, "encode", manifests[0], same, "--encoder", whisper[0], "--out", out)
+    assert load_file(out).keys() == {"a.wav"}
+    with pytest.raises(SystemExit) as e:
+        command(monkeypatch, "encode", *manifests, "--encoder", whisper[0], "--out", out)
+    assert_one_line(e, f"error: {manifests[1]}: a.wav is also a clip of {tmp_path}/one")
 
 
 @pytest.mark.parametrize("words", ["encode {clip} --encoder {whisper} --out {clip}",
