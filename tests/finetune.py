@@ -68,6 +68,10 @@ def new_optimizer(model, s):
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
 
+def autocast(s):
+    return torch.autocast(torch.device(s.device).type, torch.bfloat16, enabled=s.bf16)
+
+
 def train(model, extractor, clips, seed: int, s) -> list[float]:
     """--steps updates, epoch after epoch -> the losses."""
     optimizer, schedule = new_optimizer(model, s)
@@ -78,7 +82,9 @@ def train(model, extractor, clips, seed: int, s) -> list[float]:
             order = draw.permutation(len(clips)).tolist()
         numbers, order = order[: s.batch], order[s.batch :]
         mel, labels = clips.batch(extractor, numbers)
-        loss = cross_entropy(model(mel.to(s.device)).logits, labels.to(s.device))
+        with autocast(s):
+            logits = model(mel.to(s.device)).logits
+        loss = cross_entropy(logits.float(), labels.to(s.device))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -98,7 +104,8 @@ def accuracy(model, extractor, clips, s) -> float:
     right = 0
     for some in np.array_split(numbers, -(-len(numbers) // s.batch)):
         mel, labels = clips.batch(extractor, some.tolist())
-        guesses = model(mel.to(s.device)).logits.argmax(1).cpu()
+        with autocast(s):
+            guesses = model(mel.to(s.device)).logits.argmax(1).cpu()
         right += (guesses == labels).sum().item()
     return right / len(numbers)
 
@@ -141,6 +148,7 @@ def main():
     p.add_argument("--seeds", type=int, default=2)
     p.add_argument("--rate", type=float, default=1e-5, help="of the encoder")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--bf16", action="store_true", help="under autocast")
     p.add_argument("--json", required=True, help="settings and scores, after each run")
     s = p.parse_args()
     logging.set_verbosity_error()  # no list of the decoder's weights, which are not used
