@@ -50,7 +50,8 @@ def look(encoder, path) -> dict:
     for i in np.random.default_rng(0).permutation(len(test))[:CLIPS].tolist():
         names = [rows[train[j]]["label"] for j in near[i]]
         neighbours.append({"clip": rows[test[i]]["audio"], "label": labels[i], "nearest": names})
-    layout = TSNE(metric="cosine", init="random", random_state=0)
+    layout = TSNE(metric="cosine", init="random", random_state=0,
+                  perplexity=min(30, len(test) / 4))
     places = layout.fit_transform(y.double().numpy()).round(2).tolist()
     return {"labels": labels, "places": places, "neighbours": neighbours}
 
@@ -94,9 +95,10 @@ def main():
     if s.svg:
         draw(found).savefig(s.svg)
     for name, encoders in found.items():
-        print(f"## {name}\n\n| clip's label | {' | '.join(encoders)} |\n" + "| --- " * (1 + len(encoders)) + "|")
+        print(f"\n| {name} | {' | '.join(encoders)} |\n{'| --- ' * (1 + len(encoders))}|")
         for clips in zip(*(seen["neighbours"] for seen in encoders.values())):
-            print(f"| {clips[0]['label']} | {' | '.join(', '.join(c['nearest']) for c in clips)} |")
+            nearest = [", ".join(clip["nearest"]) for clip in clips]
+            print(f"| {clips[0]['label']} | {' | '.join(nearest)} |")
 
 
 if __name__ == "__main__":
