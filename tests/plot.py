@@ -103,27 +103,28 @@ def keep_figure() -> "Figure":
         keep_panel(axes, probe)
     left.set_yticks([*range(10), 11, 12, 13], SUITE + OTHERS)
     left.invert_yaxis()
-    left.legend(loc="center right")
-    updates = load("keep.json")["updates"]
+    right.legend(loc="center right", bbox_to_anchor=(1, 0.36))
+    run = load("keep.json")
     headings(figure, "The suite, and below it what training did not hear: other voices, "
-                     "tasks, games", f"whisper-base, {updates:,} updates, one seed; test "
-             "splits; tagging: mAP, caption: recall@1 (no kNN), else accuracy")
+                     "tasks, games", f"whisper-base, {run['updates']:,} updates, weights at "
+             f"{run['blend']} of the way, one seed; test splits; tagging: mAP, caption: "
+             "recall@1, else accuracy")
     return figure
 
 
 def keep_panel(axes, probe: str) -> None:
-    padded = load("contexts.json")["30 s, bf16, hidden 256"]
     suite, others = encoders("keep.json"), encoders("keep.json", "transfer")
     for task, row in zip(SUITE + OTHERS, [*range(10), 11, 12, 13]):
         table = others if task in OTHERS else suite
+        padded = table["untouched, 30 s"].get(task)  # not of every task
         before, after = (table[name][task][probe] for name in ("untouched", "seed 0"))
         if before is None:
             continue
         axes.barh(row, after - before, 0.14, left=before, color=BLUE, alpha=0.35)
         axes.scatter(before, row, 30, facecolors="white", edgecolors=GREY)
         axes.scatter(after, row, 20, color=BLUE, zorder=3)
-        if task in padded:
-            axes.scatter(padded[task][probe], row, 160, marker="|", color="black")
+        if padded and padded[probe] is not None:
+            axes.scatter(padded[probe], row, 160, marker="|", color="black")
         gain = after - before
         axes.text(1.06, row, f"{gain:+.3f}", va="center",
                   color=RED if gain < -0.0005 else "black")

@@ -2,11 +2,11 @@
 # README's result from beginning to end: tests/recipe.sh WEIGHTS SUITE TRANSFER OUT [SEED [STEPS]]
 # WEIGHTS holds whisper-base/ and qwen2.5-0.5b/, SUITE the eleven manifests below, TRANSFER those
 # whose clips come from other sources than training's. Interrupted, it goes on where it was.
-# BLEND is how far the judged encoder lies from the untouched one: 1, all the way, or what
-# OUT/valid-*.json say (README's run: see below); PADDED=1 also scores the untouched encoder on
-# clips padded to 30 s, which takes hours.
+# BLEND: how far from the untouched encoder the judged one lies (1: all the way); README's was
+# chosen by what stands in OUT/valid-*.json, by the rule in results/README.md. PADDED=1 also
+# scores the untouched encoder on clips padded to 30 s, which takes hours.
 set -euo pipefail
-weights=$1 suite=$2 transfer=$3 out=$4 seed=${5:-0} steps=${6:-3000} blend=${BLEND:-BLENDHERE}
+weights=$1 suite=$2 transfer=$3 out=$4 seed=${5:-0} steps=${6:-3000} blend=${BLEND:-0.5}
 here=$(dirname "$0")/..
 untouched=$weights/whisper-base
 probed=("$suite"/{caption,command,drum,game_sound,instrument,language,pitch}.jsonl
