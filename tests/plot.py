@@ -103,7 +103,7 @@ def keep_figure() -> "Figure":
         keep_panel(axes, probe)
     left.set_yticks([*range(10), 11, 12, 13], SUITE + OTHERS)
     left.invert_yaxis()
-    right.legend(loc="center right", bbox_to_anchor=(1, 0.36))
+    left.legend(loc="center right", bbox_to_anchor=(1, 0.335), fontsize=8)
     run = load("keep.json")
     headings(figure, "The suite, and below it what training did not hear: other voices, "
                      "tasks, games", f"whisper-base, {run['updates']:,} updates, weights at "
