@@ -296,8 +296,9 @@ class WordsLoss:
 
     It keeps the encoder readable for that decoder, and is added to a batch's own loss once
     the encoder trains. In every fourth update the clips are padded with silence to the
-    window, as in Whisper's training: what pads to 30 s must still read the features. As
-    windows are costly, there a few clips are drawn, and their loss is scaled up to all.
+    window, as in Whisper's training, so that code which pads to 30 s can still use the
+    encoder. As windows are costly, only a few clips are taken then, and their loss is
+    scaled up to all.
     """
 
     def __init__(self, s: Settings, rows: Rows, encoder):
@@ -308,16 +309,18 @@ class WordsLoss:
         if s.words:
             decoder = load_decoder(s.encoder, PRECISIONS[s.precision]).to(s.device)
             self.reader = UniWhisper(encoder, new_adapter(encoder, decoder, 0), decoder)
-            self.check_languages(rows)
+            self.check(rows)
 
-    def check_languages(self, rows: Rows) -> None:
-        """ValueError for a row whose language this Whisper does not know."""
-        index = training_rows(self.s, rows)
+    def check(self, rows: Rows) -> None:
+        """ValueError for a row that Whisper cannot read: its language, or too long a text."""
+        decoder, index = self.reader.decoder, training_rows(self.s, rows)
         for task in self.s.words:
             of_task = index[rows.task[index] == rows.tasks.index(task)]
             for i in of_task[rank() :: world()].tolist():
+                row = rows[i]
                 try:
-                    self.reader.decoder.tokenizer.transcription(rows[i].get("language", ""))
+                    prompt = decoder.tokenizer.transcription(row.get("language", ""))
+                    decoder.check_length(len(prompt + decoder.tokenizer.answer(row["answer"])) - 1)
                 except ValueError as e:
                     raise ValueError(f"{rows.name(i)}: {e} (--words)") from None
 
@@ -735,13 +738,13 @@ def backward(s: Settings, wrapped, words: WordsLoss, micro_batches, scaler, coun
     """
     parts = []
     for batch in micro_batches:
-        # DDP sums the gradients over ranks in the last backward alone.
+        # DDP averages the gradients over ranks, in the last backward alone.
         wrapped.require_backward_grad_sync = batch is micro_batches[-1]
         batch = batch.to(s.device)
         with autocast(s):
             losses = wrapped(batch)  # (N,)
             loss = weighted_sum(s, batch, losses) + words.loss(batch, step)
-        scaler.scale(loss / count * world()).backward()  # DDP takes the mean over ranks
+        scaler.scale(loss / count * world()).backward()  # world: DDP averages
         parts.append((batch, losses.detach()))
     return parts
 
@@ -780,7 +783,7 @@ def train(s: Settings, model: UniWhisper, words: WordsLoss, log: Log, stream, st
             state |= dict(step=step, optimizer=optimizer.state_dict(),
                           scaler=scaler.state_dict())
             on_all_ranks(save_checkpoint, s, model, state)
-        if stop:
+        if stop and step < s.steps:
             return False
     return True
 

@@ -1170,12 +1170,14 @@ class WhisperDecoder(Decoder):
                               cache, positions)
             return self.layer_norm(x)
 
+    def check_length(self, tokens: int) -> None:
+        if tokens > self.window:
+            raise ValueError(f"prompt and answer have {tokens} tokens; Whisper's "
+                             f"decoder takes {self.window}: shorten either")
+
     def embed(self, chats: list[list[int]], room: int = 0):
         """Ids -> (B, L, D), padded on the right; behind them `room` more must fit."""
-        longest = max(map(len, chats)) + room
-        if longest > self.window:
-            raise ValueError(f"prompt and answer have {longest} tokens; Whisper's "
-                             f"decoder takes {self.window}: shorten either")
+        self.check_length(max(map(len, chats)) + room)
         device = self.embed_tokens.weight.device
         return self.embed_tokens(pad_ids(chats).to(device, non_blocking=True))
 

@@ -85,15 +85,18 @@ def main():
     p.add_argument("--json", required=True)
     p.add_argument("--svg", help="needs matplotlib")
     s = p.parse_args()
+    names = s.names or s.encoder
+    if len(names) != len(s.encoder):
+        p.error(f"{len(s.encoder)} encoders, but {len(names)} --names")
     found = {Path(path).stem: {} for path in s.data}
-    for folder, name in zip(s.encoder, s.names or s.encoder, strict=True):
+    for folder, name in zip(s.encoder, names):
         encoder = load_encoder(folder).eval()
         for path in s.data:
             found[Path(path).stem][name] = look(encoder, path)
             print(f"{name}: {path}", file=sys.stderr, flush=True)
     Path(s.json).write_text(json.dumps(found, ensure_ascii=False) + "\n")
     if s.svg:
-        draw(found).savefig(s.svg)
+        draw(found).savefig(s.svg, metadata={"Date": None})
     for name, encoders in found.items():
         print(f"\n| {name} | {' | '.join(encoders)} |\n{'| --- ' * (1 + len(encoders))}|")
         for clips in zip(*(seen["neighbours"] for seen in encoders.values())):

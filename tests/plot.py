@@ -130,7 +130,7 @@ def keep_panel(axes, probe: str) -> None:
                   color=RED if gain < -0.0005 else "black")
     axes.scatter([], [], 30, facecolors="white", edgecolors=GREY, label="untouched")
     axes.scatter([], [], 160, marker="|", color="black", label="untouched, at 30 s")
-    axes.scatter([], [], 20, color=BLUE, label="trained")
+    axes.scatter([], [], 20, color=BLUE, label="half-way")
     axes.axhline(10, color=GREY, linewidth=0.6)
     axes.grid(axis="y", visible=False)
     axes.set(xlim=(0, 1.03), ylim=(-0.6, 13.6))

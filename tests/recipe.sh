@@ -2,6 +2,7 @@
 # README's result from beginning to end: tests/recipe.sh WEIGHTS SUITE TRANSFER OUT [SEED [STEPS]]
 # WEIGHTS holds whisper-base/ and qwen2.5-0.5b/, SUITE the eleven manifests below, TRANSFER those
 # whose clips come from other sources than training's. Interrupted, it goes on where it was.
+# (README's run began with 4000 updates and was shortened to 3000 after 500 of them.)
 # BLEND: how far from the untouched encoder the judged one lies (1: all the way); README's was
 # chosen by what stands in OUT/valid-*.json, by the rule in results/README.md. PADDED=1 also
 # scores the untouched encoder on clips padded to 30 s, which takes hours.
@@ -25,7 +26,8 @@ spoken=("$suite/transcribe.jsonl" "$transfer/transcribe_dutch.jsonl")
     --eval-clips 8 --questions 0 --save-every 100 --keep 40
 
 # What the share is chosen by: valid splits alone.
-for share in 0.5 0.75 1; do
+for share in 0 0.25 0.5 0.75 1; do
+    [ -f "$out/valid-words-$share.json" ] && continue
     python "$here/uniwhisper.py" export --run "$out" "$out/blend-$share" --blend "$share"
     python "$here/probe.py" --encoder "$out/blend-$share" --precision bf16 --on valid --seeds 1 \
         --data "${probed[@]}" "$transfer/letters_language.jsonl" --json "$out/valid-$share.json"

@@ -681,6 +681,15 @@ def test_words_need_a_language_that_whisper_knows(world, talking_whisper, tmp_pa
     assert not (tmp_path / "out").exists()  # said before anything begins
 
 
+def test_words_too_long_for_whisper_are_named_at_the_start(world, talking_whisper, tmp_path):
+    rows = [row | dict(audio=str(world.folder / row["audio"]), language="nl") for row in world.rows]
+    rows[7]["answer"] = "ab " * 1000
+    data = write_manifest(tmp_path / "words.jsonl", rows)
+    task = rows[7]["task"]
+    said = Run(options(world, tmp_path / "out", data=data, encoder=talking_whisper[0], words=task)).fail()
+    assert "words.jsonl:8" in said and "Whisper's decoder takes 448" in said and not (tmp_path / "out").exists()
+
+
 # ---------------------------------------------------------------- stopped, lengthened, started from another
 
 def signal_in_update(number, call):
@@ -703,6 +712,12 @@ def test_stopped_by_a_signal_a_run_saves_the_update_and_says_how_to_go_on(world,
     assert step_folder(out, 5).is_dir() and not (out / "encoder").exists()
     succeed(Run(["--resume", "--out", str(out)]))  # with OUT's own settings
     assert same_bits(weights(undisturbed.out, STEPS), weights(out, STEPS))
+
+
+def test_a_signal_in_the_last_update_does_not_hold_up_the_end(world, tmp_path, undisturbed):
+    succeed(Run(options(world, tmp_path / "run"), partial(signal_in_update, signal.SIGTERM, STEPS)))
+    assert same_bits(weights(undisturbed.out, STEPS), weights(tmp_path / "run", STEPS))
+    assert (tmp_path / "run/encoder/config.json").is_file()
 
 
 def test_ranks_stop_together(world, tmp_path):
