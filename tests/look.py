@@ -1,7 +1,7 @@
 """What training did to the features: neighbours of test clips and a picture, before and after.
 
     python tests/look.py --encoder whisper-base OUT/encoder \\
-        --data suite/voice.jsonl suite/pitch.jsonl --json look.json --svg look.svg
+        --data suite/voice.jsonl suite/pitch.jsonl --json look.json --picture look.png
 
 A feature is the mean over a clip's tokens, as in probe.py. Neighbours: the five nearest train
 clips (cosine) of ten test clips, drawn once. Picture: the test clips, laid out in two
@@ -83,7 +83,7 @@ def main():
     p.add_argument("--names", nargs="+", help="what to call them (the folders' paths)")
     p.add_argument("--data", nargs="+", required=True, help="manifests of one class a clip")
     p.add_argument("--json", required=True)
-    p.add_argument("--svg", help="needs matplotlib")
+    p.add_argument("--picture", help="needs matplotlib")
     s = p.parse_args()
     names = s.names or s.encoder
     if len(names) != len(s.encoder):
@@ -95,8 +95,8 @@ def main():
             found[Path(path).stem][name] = look(encoder, path)
             print(f"{name}: {path}", file=sys.stderr, flush=True)
     Path(s.json).write_text(json.dumps(found, ensure_ascii=False) + "\n")
-    if s.svg:
-        draw(found).savefig(s.svg, metadata={"Date": None})
+    if s.picture:
+        draw(found).savefig(s.picture, dpi=100)
     for name, encoders in found.items():
         print(f"\n| {name} | {' | '.join(encoders)} |\n{'| --- ' * (1 + len(encoders))}|")
         for clips in zip(*(seen["neighbours"] for seen in encoders.values())):

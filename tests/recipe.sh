@@ -46,6 +46,6 @@ python "$here/tests/outside.py" knn --encoder "$untouched" "$trained" \
     --data "$suite"/{drum,game_sound,instrument,pitch,voice}.jsonl "${others[@]}" \
     --json "$out/neighbours.json"
 python "$here/tests/look.py" --encoder "$untouched" "$trained" --names before after \
-    --data "$suite"/{voice,pitch}.jsonl --json "$out/look.json" --svg "$out/look.svg"
+    --data "$suite"/{voice,pitch}.jsonl --json "$out/look.json" --picture "$out/look.png"
 [ -z "${PADDED:-}" ] || python "$here/probe.py" --encoder "$untouched" --precision bf16 \
     --context window --data "${probed[@]}" "${others[@]}" --json "$out/padded.json"
