@@ -72,7 +72,7 @@ class Settings:
     lr_decoder: float = flag(0.0, "decoder's highest learning rate; 0: frozen")
     warmup: int = flag(100, "updates of linear warm-up; then a cosine to a tenth")
     freeze_encoder: int = flag(0, "first updates, which train the adapter alone")
-    words_weight: float = flag(5.0, "of the loss of --words, beside the other's 1")
+    words_weight: float = flag(5.0, "of the loss of --words; --decoder's has 1")
     weight_decay: float = flag(0.01, "AdamW's, of matrices")
     grad_clip: float = flag(1.0, "largest gradient norm")
     loss: str = flag("token", "mean over an update's answer tokens, or its clips",
@@ -335,8 +335,9 @@ class WordsLoss:
             chosen = sorted(random.Random(step).sample(clips, count))
         read = self.as_its_decoder_reads(batch, chosen, padded)
         losses = self.reader(read)  # (N,)
-        finite = losses.detach()[losses.isfinite()]
-        self.sums += torch.stack((finite.sum(), finite.new_tensor(len(finite))))
+        finite = losses.isfinite()
+        self.sums[0] += losses.detach().where(finite, 0).sum()  # nothing waits for the device
+        self.sums[1] += finite.sum()
         share = len(clips) / len(chosen)
         return share * self.s.words_weight * weighted_sum(self.s, read, losses)
 
