@@ -223,11 +223,16 @@ def build_model(s: Settings, checkpoint: Path | None) -> UniWhisper:
     model = load_model(encoder, decoder, s.stack, adapter, dtype)
     model.decoder.requires_grad_(s.lr_decoder > 0)
     for part in (model.encoder, model.decoder):
-        part.checkpoint_layers = s.checkpoint_layers
-        if s.compile:
-            for layer in part.layers:
-                layer.compile(dynamic=True)  # one graph for all lengths
+        set_up_layers(s, part)
     return model.to(s.device).train()
+
+
+def set_up_layers(s: Settings, part) -> None:
+    """Of an encoder or a decoder: recomputed in backward, compiled."""
+    part.checkpoint_layers = s.checkpoint_layers
+    if s.compile:
+        for layer in part.layers:
+            layer.compile(dynamic=True)  # one graph for all lengths
 
 
 def build_optimizer(s: Settings, model: UniWhisper, state: dict):
@@ -305,9 +310,10 @@ class WordsLoss:
         self.s = s
         self.window = encoder.window * encoder.token_samples
         self.most_windows = max(1, int(s.batch_seconds * encoder.sample_rate / self.window))
-        self.sums = torch.zeros(2, device=s.device)  # losses since the last line, their number
+        self.parts = []  # what was read: (batch, losses (N,)) of each micro-batch
         if s.words:
             decoder = load_decoder(s.encoder, PRECISIONS[s.precision]).to(s.device)
+            set_up_layers(s, decoder)
             self.reader = UniWhisper(encoder, new_adapter(encoder, decoder, 0), decoder)
             self.check(rows)
 
@@ -335,23 +341,16 @@ class WordsLoss:
             chosen = sorted(random.Random(step).sample(clips, count))
         read = self.as_its_decoder_reads(batch, chosen, padded)
         losses = self.reader(read)  # (N,)
-        finite = losses.isfinite()
-        self.sums[0] += losses.detach().where(finite, 0).sum()  # nothing waits for the device
-        self.sums[1] += finite.sum()
+        self.parts.append((read, losses.detach()))
         share = len(clips) / len(chosen)
         return share * self.s.words_weight * weighted_sum(self.s, read, losses)
-
-    def mean(self) -> float:
-        """Over the answer tokens of all ranks since the last call; NaN if there are none."""
-        total, count = all_sum(self.sums).tolist()
-        self.sums.zero_()
-        return total / count if count else math.nan
 
     def as_its_decoder_reads(self, batch, clips: list[int], padded: bool):
         """Some clips of a batch, with the prompts and answers of Whisper's tokenizer."""
         tokenizer, samples = self.reader.decoder.tokenizer, batch.samples[clips]
         return replace(
-            batch, audio=batch.audio[clips, : int(samples.max())],
+            batch, rows=[batch.rows[i] for i in clips],
+            audio=batch.audio[clips, : int(samples.max())],
             samples=torch.full_like(samples, self.window) if padded else samples,
             prompts=[tokenizer.transcription(batch.languages[i]) for i in clips],
             answers=[tokenizer.answer(batch.texts[i]) for i in clips])
@@ -476,6 +475,7 @@ class Log:
 
     def begin(self, step: int) -> None:
         self.losses = new_sums(self.s, self.batches.rows)
+        self.words = new_sums(self.s, self.batches.rows)
         self.clips, self.seconds, self.skipped = 0, 0.0, Counter()
         self.step, self.time = step, time.perf_counter()
 
@@ -486,8 +486,8 @@ class Log:
             with open(self.path, "a") as f:
                 f.write(json.dumps(line) + "\n")
 
-    def update(self, step: int, parts, norm: float) -> None:
-        """Count an update: its (batch, losses (N,)), and the gradient's norm."""
+    def update(self, step: int, parts, word_parts, norm: float) -> None:
+        """Count an update: its (batch, losses (N,)), those of --words, the gradient's norm."""
         self.bad_updates = 0 if math.isfinite(norm) else self.bad_updates + 1
         for batch, losses in parts:
             print_skipped(batch)
@@ -497,7 +497,9 @@ class Log:
             if not self.bad_updates:
                 add_losses(self.losses, self.batches.rows, batch, losses)
         if self.bad_updates:
-            self.bad_update(step, parts, norm)
+            return self.bad_update(step, parts + word_parts, norm)
+        for batch, losses in word_parts:
+            add_losses(self.words, self.batches.rows, batch, losses)
 
     def bad_update(self, step: int, parts, norm: float) -> None:
         """Name the rows, of all ranks, whose loss is not finite.
@@ -523,7 +525,7 @@ class Log:
             raise ArithmeticError(f"{self.bad_updates} updates in a row were not finite; "
                                   "lower the learning rates or mend the rows above")
 
-    def line(self, step: int, optimizer, norm: float, words: WordsLoss) -> None:
+    def line(self, step: int, optimizer, norm: float) -> None:
         """Say and write what all ranks did since the last line.
 
         loss (and words, of --words) is a mean over answer tokens, with --loss example, too;
@@ -539,7 +541,8 @@ class Log:
         if self.s.device == "cuda":
             memory = torch.cuda.max_memory_allocated() / 2**30
         lr = {group["name"]: group["lr"] for group in optimizer.param_groups}
-        of_words = {"words": words.mean()} if self.s.words else {}
+        words, word_tokens = all_sum(self.words).sum(0)
+        of_words = {"words": (words / word_tokens).item()} if self.s.words else {}
         self.write(step, loss=loss, **of_words, tasks=tasks, lr=lr, norm=norm, skipped=skipped,
                    audio_seconds_per_second=speed, memory_gib=memory)
         left = passed / max(1, step - self.step) * (self.s.steps - step)
@@ -669,10 +672,11 @@ def batch_specs(s: Settings, rows: Rows, step: int):
         except ValueError:
             raise ValueError(f"--task-weights takes TASK=NUMBER, not {text}") from None
     index = training_rows(s, rows)
-    for task in s.words:
-        if task not in rows.tasks:
-            raise ValueError(f"--words: no row has task {task!r}")
     shares = task_shares(rows, index, s.temperature, weights)
+    for task in s.words:
+        if task not in [rows.tasks[number] for number in shares]:
+            raise ValueError(f"--words: no row to train on has task {task!r}, "
+                             "or its weight is 0")
     first = step * s.accumulate * world() + rank()
     return sample_batches(rows, index, shares, s.batch_seconds, s.seed, first, world())
 
@@ -738,6 +742,7 @@ def backward(s: Settings, wrapped, words: WordsLoss, micro_batches, scaler, coun
     count: the update's answer tokens (or clips), of all ranks.
     """
     parts = []
+    words.parts.clear()
     for batch in micro_batches:
         # DDP averages the gradients over ranks, in the last backward alone.
         wrapped.require_backward_grad_sync = batch is micro_batches[-1]
@@ -774,10 +779,10 @@ def train(s: Settings, model: UniWhisper, words: WordsLoss, log: Log, stream, st
             scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        log.update(step, parts, norm)
+        log.update(step, parts, words.parts, norm)
         save = step % s.save_every == 0 or step == s.steps or stop
         if step % s.log_every == 0 or save:
-            log.line(step, optimizer, norm, words)
+            log.line(step, optimizer, norm)
         if step % s.eval_every == 0 or step == s.steps:
             report(log, model, step, state["before"])
         if save:  # after the reports: if killed before, a resumed run makes them again

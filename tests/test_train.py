@@ -646,12 +646,31 @@ def test_whispers_decoder_reads_the_clips_of_words_too(kept, step):
     total = sum(loss.mean().item() for loss in losses) / len(chosen)
     added = words.loss(batch, step)
     assert added.item() == pytest.approx(3 * 3 * total, rel=1e-4)
-    assert words.mean() == pytest.approx(torch.cat(losses).mean().item(), rel=1e-4)
+    (read, token_losses), = words.parts
+    assert read.rows == [batch.rows[i] for i in chosen]
+    assert token_losses.tolist() == pytest.approx(torch.cat(losses).tolist(), rel=1e-4)
     assert words.loss(train.replace(batch, tasks=["height"] * 5), step) == 0
     assert words.loss(batch, 1) == 0  # the adapter trains alone
-    assert math.isnan(words.mean())  # nothing was read since
+    assert len(words.parts) == 1
     added.backward()
     assert model.encoder.conv1.weight.grad.abs().sum() > 0
+
+
+def test_a_clip_whose_words_have_no_finite_loss_is_named(kept, tmp_path, capsys):
+    s, model, rows, batch, clips = kept
+    words, log = train.WordsLoss(s, rows, model.encoder), train.Log(s, SimpleNamespace(rows=rows), 0)
+    with torch.no_grad():
+        words.reader.decoder.layers[0].fc1.weight.fill_(math.nan)
+    words.loss(batch, 3)
+    log.bad_update(3, [(batch, torch.zeros(sum(batch.answer_tokens)))] + words.parts, math.nan)
+    assert capsys.readouterr().err.endswith(f"rows: {', '.join(rows.name(batch.rows[i]) for i in clips)}\n")
+
+
+def test_the_layers_that_read_words_are_recomputed_where_the_others_are(kept):
+    s, model, rows, _, _ = kept
+    for on in (False, True):
+        words = train.WordsLoss(train.replace(s, checkpoint_layers=on), rows, model.encoder)
+        assert words.reader.decoder.checkpoint_layers == on
 
 
 def test_a_run_with_words_resumes_exactly_and_on_ranks_is_as_in_one_process(world, talking_whisper, tmp_path):
@@ -1021,7 +1040,8 @@ def test_an_error_in_a_worker_is_one_line(world, tmp_path):
     (dict(steps=0), "--steps is 0"),
     (dict(stack=0, freeze_encoder=0), "stack is 0, no adapter, but the encoder is 48 wide and the decoder 56"),
     (dict(stack=0), "--stack 0 is no adapter, which --freeze-encoder would train alone"),
-    (dict(words="speech"), "--words: no row has task 'speech'"),
+    (dict(words="speech"), "--words: no row to train on has task 'speech'"),
+    (dict(words="height", task_weights=["height=0", "level=1"]), "--words: no row to train on has task 'height'"),
     (dict(lr_decoder=-1), "--lr-decoder is -1"),
     (dict(batch_seconds=-1), "--batch-seconds is -1"),
     (dict(grad_clip=0), "--grad-clip is 0"),
