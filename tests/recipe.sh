@@ -51,9 +51,12 @@ done
 # ---- choices, on valid splits alone: the first seed's shares, and its way there
 
 first=seed-${seeds%% *}
-judge() {  # NAME FOLDER
-    probe "valid/$1.json" --encoder "$2" --on valid --seeds 1 --data "${suite[@]}" \
+on_valid() {  # JSON FOLDER
+    probe "$1" --encoder "$2" --on valid --seeds 1 --data "${suite[@]}" \
         transfer/letters_language.jsonl ${FLITE:+flite/command_flite.jsonl}
+}
+judge() {  # NAME FOLDER
+    on_valid "valid/$1.json" "$2"
     outside "valid/$1-words.json" wer --encoder "$2" --on valid --clips 40 --data "${spoken[@]}"
 }
 mkdir -p valid
@@ -63,7 +66,7 @@ for each in 0.5 0.75 1; do
     judge "share-$each" "$first/share-$each"
 done
 for updates in 1000 2000; do
-    judge "after-$updates" "$first/checkpoints/step-0000$updates/encoder"
+    on_valid "valid/after-$updates.json" "$first/checkpoints/step-0000$updates/encoder"
 done
 
 # ---- the result, on test splits
