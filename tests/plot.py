@@ -118,7 +118,8 @@ def heard_figure(folder: Path) -> "Figure":
               title="word error rate under Whisper's decoder, 30 s")
     left.legend(fontsize=8, loc="center right")
     right.legend(fontsize=8, loc="lower right")
-    headings(figure, "What more audio does, and averaging with the untouched weights (valid splits)")
+    headings(figure, "What more audio does, and averaging with the untouched weights "
+             "(valid splits)")
     return figure
 
 
