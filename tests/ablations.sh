@@ -27,8 +27,10 @@ run() {  # NAME "PROBE TASKS" "TASK WEIGHTS" FLAGS...; the later of two equal fl
         --freeze-encoder 20 --warmup 20 --eval-every 150 --eval-clips 24 --save-every 150 \
         --questions 0 --workers 1 ${mixture:+--task-weights $mixture} "$@"
     manifests $tasks
-    [ -f "$out/$name.json" ] || python "$here/probe.py" --encoder "$out/$name/encoder" \
-        --precision bf16 --data "${paths[@]}" --json "$out/$name.json"
+    [ -f "$out/$name.json" ] && return  # probe.py writes after each task: rename a whole file
+    python "$here/probe.py" --encoder "$out/$name/encoder" \
+        --precision bf16 --data "${paths[@]}" --json "$out/$name.json.part"
+    mv "$out/$name.json.part" "$out/$name.json"
 }
 
 run recipe "$classes" "$mixture"

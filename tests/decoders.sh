@@ -20,8 +20,10 @@ run() {  # NAME FLAGS...: 600 updates of 16 s, every task as often as the others
         --out "$out/$name" --steps 600 --batch-seconds 16 --loss example --lr-encoder 3e-5 \
         --warmup 40 --workers 1 --threads "${THREADS:-0}" --eval-every 600 --eval-clips 24 \
         --questions 0 --save-every 100 "$@"
-    [ -f "$out/$name.json" ] || python "$here/probe.py" --encoder "$out/$name/encoder" \
-        --precision bf16 --data "${probed[@]}" --json "$out/$name.json"
+    [ -f "$out/$name.json" ] && return  # probe.py writes after each task: rename a whole file
+    python "$here/probe.py" --encoder "$out/$name/encoder" \
+        --precision bf16 --data "${probed[@]}" --json "$out/$name.json.part"
+    mv "$out/$name.json.part" "$out/$name.json"
 }
 
 for seed in 0 1; do

@@ -26,8 +26,10 @@ suite=(suite/{caption,command,drum,game_sound,instrument,language,pitch}.jsonl
 others=(transfer/{command_festival,letters_language,game_sound_other}.jsonl)
 spoken=(suite/transcribe.jsonl transfer/transcribe_dutch.jsonl)
 
-probe() {  # JSON FLAGS...
-    [ -f "$1" ] || python "$here/probe.py" --precision bf16 --cache cache --json "$@"
+probe() {  # JSON FLAGS...; probe.py writes after each task, so only a whole file gets the name
+    [ -f "$1" ] && return
+    python "$here/probe.py" --precision bf16 --cache cache --json "$1.part" "${@:2}"
+    mv "$1.part" "$1"
 }
 
 outside() {  # JSON wer|knn FLAGS...
