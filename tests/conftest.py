@@ -1,4 +1,5 @@
-"""What the tests share: tiny random Whisper and Qwen folders made by transformers, clips, manifests."""
+"""What the tests share: tiny random Whisper and Qwen folders made by transformers, clips,
+manifests."""
 import json
 import math
 from pathlib import Path
@@ -16,8 +17,11 @@ VOCABULARY = 521  # a prime: no other dimension of the tiny models is a multiple
 
 # ---------------------------------------------------------------- clips and manifests
 
-def tone(seconds: float = 0.5, hertz: float = 440.0, rate: int = RATE, level: float = 0.3) -> np.ndarray:
-    return (level * np.sin(2 * math.pi * hertz * np.arange(round(seconds * rate)) / rate)).astype(np.float32)
+def tone(seconds: float = 0.5, hertz: float = 440.0, rate: int = RATE,
+         level: float = 0.3) -> np.ndarray:
+    return (
+        level * np.sin(2 * math.pi * hertz * np.arange(round(seconds * rate)) / rate)
+    ).astype(np.float32)
 
 
 def noise(samples: int, seed: int = 0, level: float = 0.1) -> torch.Tensor:
@@ -73,19 +77,20 @@ def _whisper_config(**sizes):
 
     return WhisperConfig(**dict(
         vocab_size=90, num_mel_bins=80, d_model=48, encoder_layers=2, encoder_attention_heads=4,
-        encoder_ffn_dim=80, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=40, pad_token_id=1,
-        bos_token_id=1, eos_token_id=2, decoder_start_token_id=3) | sizes)
+        encoder_ffn_dim=80, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=40,
+        pad_token_id=1, bos_token_id=1, eos_token_id=2, decoder_start_token_id=3) | sizes)
 
 
 def make_clap(folder):
-    """Save a tiny unfused CLAP with random weights, its text side too; returns transformers' model of it."""
+    """Save a tiny unfused CLAP with random weights, its text side too; returns transformers'
+    model of it."""
     from transformers import ClapConfig, ClapFeatureExtractor, ClapModel
 
     torch.manual_seed(0)
-    audio = dict(patch_embeds_hidden_size=8, depths=[1, 1, 2, 1], num_attention_heads=[1, 1, 2, 2], hidden_size=64,
-                 mlp_ratio=2.0, projection_dim=16)
-    text = dict(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=40,
-                max_position_embeddings=40, projection_dim=16)
+    audio = dict(patch_embeds_hidden_size=8, depths=[1, 1, 2, 1], num_attention_heads=[1, 1, 2, 2],
+                 hidden_size=64, mlp_ratio=2.0, projection_dim=16)
+    text = dict(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                intermediate_size=40, max_position_embeddings=40, projection_dim=16)
     model = _shake(ClapModel(ClapConfig(audio_config=audio, text_config=text, projection_dim=16)))
     norm = model.audio_model.audio_encoder.batch_norm
     norm.running_mean.fill_(-30.0)
@@ -96,7 +101,8 @@ def make_clap(folder):
 
 
 def make_talking_whisper(folder, vocabulary: int = 51865, width: int = 48):
-    """Save a tiny Whisper with a tokenizer; returns transformers' model of it. Multilingual from 51,865 on."""
+    """Save a tiny Whisper with a tokenizer; returns transformers' model of it. Multilingual
+    from 51,865 on."""
     from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
 
     torch.manual_seed(0)
@@ -105,13 +111,14 @@ def make_talking_whisper(folder, vocabulary: int = 51865, width: int = 48):
     model.save_pretrained(folder)
     WhisperFeatureExtractor().save_pretrained(folder)
     languages = ["<|en|>", "<|nl|>", "<|el|>"]
-    make_tokenizer(folder, ["<|startoftranscript|>", *languages, "<|translate|>", "<|transcribe|>", "<|startofprev|>",
-                            "<|notimestamps|>"], first=False)
+    make_tokenizer(folder, ["<|startoftranscript|>", *languages, "<|translate|>", "<|transcribe|>",
+                            "<|startofprev|>", "<|notimestamps|>"], first=False)
     return model
 
 
 def make_tokenizer(folder, chat_tokens=("<|im_start|>", "<|im_end|>"), first: bool = True) -> None:
-    """A byte-level BPE with a few merges; special tokens come first as here in Qwen's, or last as in Whisper's."""
+    """A byte-level BPE with a few merges; special tokens come first as here in Qwen's, or last
+    as in Whisper's."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -119,7 +126,8 @@ def make_tokenizer(folder, chat_tokens=("<|im_start|>", "<|im_end|>"), first: bo
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", *chat_tokens]
     trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=special if first else [],
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+                                  show_progress=False)
     words = "user assistant which language is spoken instrument playing the a dog barks"
     tokenizer.train_from_iterator([words] * 3, trainer)
     if not first:
@@ -129,7 +137,8 @@ def make_tokenizer(folder, chat_tokens=("<|im_start|>", "<|im_end|>"), first: bo
 
 
 def make_qwen(folder, kind: str = "qwen2", shard_size: str = "1GB", tied: bool = True):
-    """Save a tiny Qwen2 or Qwen3 with random weights and its tokenizer; returns transformers' model of it."""
+    """Save a tiny Qwen2 or Qwen3 with random weights and its tokenizer; returns transformers'
+    model of it."""
     from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)

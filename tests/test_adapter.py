@@ -31,7 +31,8 @@ def test_last_partial_group_is_kept_and_equals_one_filled_with_zeros():
     filled = torch.cat((x, torch.zeros(2, 3, 6)), 1)
     assert adapter(x).shape == (2, 3, 10)
     assert torch.equal(adapter(x), adapter(filled))
-    assert not torch.allclose(adapter(x)[:, 2], adapter(torch.cat((x[:, :8], torch.zeros(2, 4, 6)), 1))[:, 2])
+    assert not torch.allclose(
+        adapter(x)[:, 2], adapter(torch.cat((x[:, :8], torch.zeros(2, 4, 6)), 1))[:, 2])
 
 
 def test_a_group_sees_its_own_tokens_alone():

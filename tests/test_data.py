@@ -25,8 +25,8 @@ import torch
 
 import data
 from conftest import RATE, assert_one_line, noise, tone, write_clip, write_manifest
-from data import (POOL, TEMPLATES, TRANSLATIONS, AudioError, Batches, Rows, held_out, loader, next_rows, read_audio, resample,
-                  sample_batches, task_shares)
+from data import (POOL, TEMPLATES, TRANSLATIONS, AudioError, Batches, Rows, held_out, loader,
+                  next_rows, read_audio, resample, sample_batches, task_shares)
 
 RATES = [8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 96000]
 
@@ -78,18 +78,21 @@ def test_an_odd_rate_is_met_within_a_thousandth(rate):
 
 # ---------------------------------------------------------------- reading audio
 
-@pytest.mark.parametrize("name, error", [("a.wav", 1e-3), ("a.flac", 1e-3), ("a.ogg", 0.05), ("a.mp3", 0.05)])
+@pytest.mark.parametrize("name, error", [("a.wav", 1e-3), ("a.flac", 1e-3), ("a.ogg", 0.05),
+                                         ("a.mp3", 0.05)])
 @pytest.mark.parametrize("rate, channels", [(16_000, 1), (44_100, 2), (22_050, 3)])
 def test_audio_of_every_format_comes_out_as_16_khz_mono(name, error, rate, channels, tmp_path):
     if name == "a.mp3" and channels == 3:
         channels = 2
     whole = tone(1.0, 500, rate)
-    path = write_clip(tmp_path / name, np.stack([whole * (c + 1) for c in range(channels)], 1), rate)
+    path = write_clip(
+        tmp_path / name, np.stack([whole * (c + 1) for c in range(channels)], 1), rate)
     audio = read_audio(path, RATE)
     assert audio.dtype == torch.float32 and audio.shape == (RATE,)
     expected = torch.from_numpy(tone(1.0, 500)) * (channels + 1) / 2  # the channels' mean
     assert (audio - expected)[800:-800].abs().max() < error
-    assert torch.equal(read_audio(path.read_bytes(), RATE), audio) and torch.equal(read_audio(str(path), RATE), audio)
+    assert (torch.equal(read_audio(path.read_bytes(), RATE), audio)
+            and torch.equal(read_audio(str(path), RATE), audio))
     assert read_audio(path).shape == (rate,)  # the file's own
 
 
@@ -99,8 +102,8 @@ def bytes_of(audio, rate=RATE, **how):
     return file.getvalue()
 
 
-@pytest.mark.parametrize("kind", ["WAV PCM_16", "WAV PCM_24", "WAV FLOAT", "FLAC PCM_16", "OGG VORBIS",
-                                  "OGG OPUS"])
+@pytest.mark.parametrize("kind", ["WAV PCM_16", "WAV PCM_24", "WAV FLOAT", "FLAC PCM_16",
+                                  "OGG VORBIS", "OGG OPUS"])
 def test_audio_cut_short_anywhere_is_refused(kind):
     raw = bytes_of(noise(24_000).numpy(), 24_000, **dict(zip(("format", "subtype"), kind.split())))
     n = len(raw)
@@ -128,9 +131,10 @@ def with_sizes(wav: bytes, data=None, riff=None) -> bytes:
 
 N = 16_000  # bytes of the samples of half a second
 SIZES = [dict(data=0), dict(data=0, riff=0), dict(data=1000), dict(data=2**31 - 1),
-         dict(data=2**32 - 1, riff=2**32 - 1), dict(data=2**31 - 2**12), dict(data=N + 2), dict(data=N + 28),
-         dict(data=N + 36), dict(data=N + 44), dict(data=N + 500), dict(data=N + 44, riff=N + 80), dict(riff=0),
-         dict(riff=8), dict(riff=N), dict(riff=N + 44), dict(riff=N + 500), dict(riff=2**32 - 1)]
+         dict(data=2**32 - 1, riff=2**32 - 1), dict(data=2**31 - 2**12), dict(data=N + 2),
+         dict(data=N + 28), dict(data=N + 36), dict(data=N + 44), dict(data=N + 500),
+         dict(data=N + 44, riff=N + 80), dict(riff=0), dict(riff=8), dict(riff=N),
+         dict(riff=N + 44), dict(riff=N + 500), dict(riff=2**32 - 1)]
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
@@ -158,7 +162,8 @@ def without_length(mp3: bytes) -> bytes:
     return mp3[72 * kbps * 1000 // RATE + (mp3[2] >> 1 & 1) :]
 
 
-LOUD_AND_QUIET = np.concatenate([noise(4 * RATE, level=0.3).numpy(), np.zeros(4 * RATE, np.float32)])
+LOUD_AND_QUIET = np.concatenate([noise(4 * RATE, level=0.3).numpy(),
+                                 np.zeros(4 * RATE, np.float32)])
 ID3 = b"ID3\4\0\0\0\0\0\12" + bytes(10)
 
 
@@ -175,12 +180,14 @@ def test_an_mp3_that_does_not_tell_its_length_is_read_to_its_end(mode, before, a
         read_audio(mp3[: len(mp3) // 2])
 
 
-@pytest.mark.parametrize("kind", ["WAV", "FLAC", "OGG", "OGG OPUS", "MP3", "AIFF", "AU", "CAF", "RF64", "W64"])
+@pytest.mark.parametrize("kind", ["WAV", "FLAC", "OGG", "OGG OPUS", "MP3", "AIFF", "AU", "CAF",
+                                  "RF64", "W64"])
 def test_several_recordings_in_one_file_are_refused(kind):
     one = bytes_of(tone(1.0), **dict(zip(("format", "subtype"), kind.split())))
     assert len(read_audio(one)) == RATE
     with pytest.raises(AudioError, match="^clip: several recordings in one file; split"):
-        read_audio(one + bytes_of(tone(2.0, 880), **dict(zip(("format", "subtype"), kind.split()))), name="clip")
+        read_audio(one + bytes_of(tone(2.0, 880),
+                                  **dict(zip(("format", "subtype"), kind.split()))), name="clip")
 
 
 def with_vbri(mp3: bytes) -> bytes:
@@ -229,7 +236,8 @@ def test_an_ogg_without_its_end_flag_is_read_whole():
 
 @pytest.mark.parametrize("gains", [(1, -1), (1, -0.9), (-1, 1, -1, 1), (0.5, -1)])
 def test_channels_that_cancel_are_not_silence(gains):
-    audio = read_audio(bytes_of(np.stack([g * tone() for g in gains], 1), format="WAV", subtype="FLOAT"))
+    audio = read_audio(
+        bytes_of(np.stack([g * tone() for g in gains], 1), format="WAV", subtype="FLOAT"))
     assert 0.9 * 0.3 / 4 < audio.abs().max()
     if sum(gains) in (0, 0.1):
         assert torch.allclose(audio, torch.from_numpy(tone()) * max(gains, key=abs), atol=1e-6)
@@ -237,7 +245,8 @@ def test_channels_that_cancel_are_not_silence(gains):
 
 @pytest.mark.parametrize("gains", [(1, 0), (1, 1), (1, 0, 0, 0, 0, 0)])
 def test_other_channels_are_averaged(gains):
-    audio = read_audio(bytes_of(np.stack([g * tone() for g in gains], 1), format="WAV", subtype="FLOAT"))
+    audio = read_audio(
+        bytes_of(np.stack([g * tone() for g in gains], 1), format="WAV", subtype="FLOAT"))
     assert torch.allclose(audio, torch.from_numpy(tone()) * sum(gains) / len(gains), atol=1e-6)
 
 
@@ -268,7 +277,8 @@ def broken(*args):
 
 def piped_flac(seconds=0.5) -> bytes:
     raw = bytearray(bytes_of(tone(seconds), format="FLAC"))
-    raw[21] &= 0xF0  # STREAMINFO's number of samples, 36 bits, is unknown where the writer could not seek back
+    # STREAMINFO's number of samples, 36 bits, is unknown where the writer could not seek back
+    raw[21] &= 0xF0
     raw[22:26] = bytes(4)
     return bytes(raw)
 
@@ -281,7 +291,8 @@ BAD_AUDIO = {
     "m4a": (b"\0\0\0\x20ftypM4A " + bytes(1000), "ffmpeg -i IN OUT.flac"),
     "webm": (b"\x1a\x45\xdf\xa3" + bytes(1000), "ffmpeg -i IN OUT.flac"),
     "aac": (b"\xff\xf1\x50\x80" + bytes(1000), "ffmpeg -i IN OUT.flac"),
-    "git-LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
+    "git-LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0",
+                        "git lfs pull"),
     "zeros for bytes": (bytes(5000), "not readable as audio"),
     "no samples": (bytes_of(np.zeros(0), format="WAV"), "holds no samples"),
     "all samples zero": (bytes_of(np.zeros(800), format="FLAC"), "all samples are zero"),
@@ -313,8 +324,8 @@ def test_a_clip_as_long_as_allowed_is_read():
 # ---------------------------------------------------------------- manifests
 
 def row(number=0, **more):
-    return {"audio": f"clips/{number}.wav", "instruction": "Which note?", "answer": f"note {number}",
-            "task": "pitch", "seconds": 0.5} | more
+    return {"audio": f"clips/{number}.wav", "instruction": "Which note?",
+            "answer": f"note {number}", "task": "pitch", "seconds": 0.5} | more
 
 
 @pytest.fixture
@@ -327,15 +338,18 @@ def manifest(tmp_path):
 
 def test_rows_are_the_manifests_lines(manifest, tmp_path):
     rows = Rows(manifest)
-    assert len(rows) == 6 and [rows[i] for i in range(6)] == [json.loads(line) for line in open(manifest)]
+    assert (len(rows) == 6
+            and [rows[i] for i in range(6)] == [json.loads(line) for line in open(manifest)])
     assert torch.equal(rows.audio(3), read_audio(tmp_path / "clips/3.wav"))
     assert rows.name(3) == f"{manifest}:4 (clips/3.wav)"
     assert np.allclose(rows.seconds, 0.2 + 0.05 * np.arange(6)) and rows.seconds.dtype == np.float32
 
 
 def test_rows_of_any_text_are_found_again(tmp_path):
-    lines = [row(answer=a) for a in ("Grüße 你好", "x" * 4090, "y" * 200_000)] + [row(extra={"kept": [1]})] * 2
-    text = "\r\n\n  \n".join(json.dumps(r, ensure_ascii=False) for r in lines)  # no newline at the end
+    lines = ([row(answer=a) for a in ("Grüße 你好", "x" * 4090, "y" * 200_000)]
+             + [row(extra={"kept": [1]})] * 2)
+    # no newline at the end
+    text = "\r\n\n  \n".join(json.dumps(r, ensure_ascii=False) for r in lines)
     text = "\ufeff" + text  # the mark that some editors put first
     (tmp_path / "m.jsonl").write_bytes(text.encode("utf-8"))
     rows = Rows(tmp_path / "m.jsonl")
@@ -366,7 +380,9 @@ def test_missing_seconds_are_taken_from_the_clips_header(tmp_path):
     (tmp_path / "clips/1.raw").write_bytes(bytes(500))  # has no header
     (tmp_path / "clips/2.flac").write_bytes(piped_flac())
     names = "0.wav", "gone.wav", "1.raw", "2.flac"
-    rows = Rows(write_manifest(tmp_path / "m.jsonl", [{"audio": f"clips/{name}"} for name in names]), max_seconds=30)
+    rows = Rows(
+        write_manifest(tmp_path / "m.jsonl", [{"audio": f"clips/{name}"} for name in names]),
+        max_seconds=30)
     assert rows.seconds.tolist() == [0.5, 0, 0, 0]
     with pytest.raises(AudioError, match=r"m.jsonl:2 \(clips/gone.wav\): .*No such file"):
         rows.audio(1)
@@ -374,14 +390,16 @@ def test_missing_seconds_are_taken_from_the_clips_header(tmp_path):
 
 BAD_ROWS = {
     "not JSON": ('{"audio": "a.wav"', "not JSON"),
-    "not UTF-8": ('{"audio": "a.wav", "instruction": "?", "answer": "\udcff"}', "'utf-8' codec can't encode"),
+    "not UTF-8": ('{"audio": "a.wav", "instruction": "?", "answer": "\udcff"}',
+                  "'utf-8' codec can't encode"),
     "not an object": ("[1]", "not a JSON object"),
     "no audio": ('{"answer": "x"}', 'lacks "audio"'),
     "audio is no path": ({"audio": 3}, 'lacks "audio"'),
     "no answer": ({"audio": "a.wav", "instruction": "Which?", "seconds": 1}, "answer is None"),
     "empty answer": (row(answer="  "), "answer is '  '"),
     "answer is a number": (row(answer=3), "answer is 3"),
-    "no instruction, unknown task": (row(instruction=None, task="yodel"), "task 'yodel' has no templates"),
+    "no instruction, unknown task": (row(instruction=None, task="yodel"),
+                                     "task 'yodel' has no templates"),
     "seconds is text": (row(seconds="1.0"), "seconds is '1.0'"),
     "seconds is a list": (row(seconds=[]), "seconds is []"),
     "answer is null": (row(answer=None), "answer is None"),
@@ -392,8 +410,9 @@ BAD_ROWS = {
     "seconds is infinite": (row(seconds=math.inf), "not JSON (Infinity is no JSON"),
     "set for split": (row(set="test"), 'has "set" but no "split"; rename or drop it'),
     "Split for split": (row(Split="test"), 'has "Split" but no "split"'),
-    "question for instruction": ({"audio": "a.wav", "answer": "x", "task": "pitch", "question": "Which?"},
-                                 'has "question" but no "instruction"'),
+    "question for instruction": (
+        {"audio": "a.wav", "answer": "x", "task": "pitch", "question": "Which?"},
+        'has "question" but no "instruction"'),
     "seconds is NaN": (row(seconds=math.nan), "not JSON (NaN is no JSON; use null)"),
     "too long": (row(seconds=30.5), "30.5 s, longer than --max-seconds 30"),
 }
@@ -420,7 +439,8 @@ def test_the_first_ten_bad_rows_are_named_and_the_others_counted(tmp_path):
 
 
 def test_a_misnamed_key_is_named_once_a_file(tmp_path):
-    lines = [{k: v for k, v in row(i).items() if k != "answer"} | {"set": "test", "Answer": "x"} for i in range(15)]
+    lines = [{k: v for k, v in row(i).items() if k != "answer"} | {"set": "test", "Answer": "x"}
+             for i in range(15)]
     a = write_manifest(tmp_path / "a.jsonl", [row(answer=""), *lines])
     b = write_manifest(tmp_path / "b.jsonl", lines[:1])
     with pytest.raises(ValueError) as e:
@@ -442,29 +462,35 @@ def test_a_key_that_is_null_is_as_good_as_absent(key, tmp_path):
     null = lacking | {key: None}
     assert json.loads(json.dumps(null))[key] is None
     inner = {k: v for k, v in null.items() if k != "audio"}
-    paths = [write_manifest(tmp_path / "a.jsonl", [lacking]), write_manifest(tmp_path / "b.jsonl", [null]),
+    paths = [write_manifest(tmp_path / "a.jsonl", [lacking]),
+             write_manifest(tmp_path / "b.jsonl", [null]),
              write_tar(tmp_path / "c.tar", [("0.json", inner), ("0.wav", clip)])]
     rows = Rows(paths, answers=True)
-    assert rows[0] == rows[1] == lacking and rows[2] == {k: v for k, v in lacking.items() if k != "audio"}
+    assert (rows[0] == rows[1] == lacking
+            and rows[2] == {k: v for k, v in lacking.items() if k != "audio"})
     for column in (rows.seconds, rows.task, rows.split, rows.text_bytes):
         assert len(set(column.tolist())) == 1
     assert rows.seconds[0] == 0.5 and rows.splits == (["train"] if key == "split" else ["test"])
 
 
 def test_keys_of_ones_own_are_no_fault(tmp_path):
-    more = dict(language="x", source="x", domain="x", metric="x", caption="x", captions=["x"], events=[], program=0,
-                question="beside an instruction", fold=1, split="train")
+    more = dict(language="x", source="x", domain="x", metric="x", caption="x", captions=["x"],
+                events=[], program=0, question="beside an instruction", fold=1, split="train")
     assert len(Rows(write_manifest(tmp_path / "m.jsonl", [row(**more)]), answers=True)) == 1
 
 
 def test_splits_are_counted_before_rows_are_left_out(tmp_path):
-    lines = [row(0), row(1, split="validation"), row(2, split="Train"), row(3, split="test"), row(4, split=None)]
+    lines = [row(0), row(1, split="validation"), row(2, split="Train"), row(3, split="test"),
+             row(4, split=None)]
     rows = Rows(write_manifest(tmp_path / "m.jsonl", lines), answers=True, splits={"train"})
-    assert len(rows) == 2 and rows.split_counts == {"train": 2, "validation": 1, "Train": 1, "test": 1}
+    assert (len(rows) == 2
+            and rows.split_counts == {"train": 2, "validation": 1, "Train": 1, "test": 1})
 
 
-NOT_LINES = {"array": json.dumps([row(), row()]), "array over lines": json.dumps([row(), row()], indent=1),
-             "indented": json.dumps(row(), indent=2), "after a mark": "\ufeff" + json.dumps([row()]),
+NOT_LINES = {"array": json.dumps([row(), row()]),
+             "array over lines": json.dumps([row(), row()], indent=1),
+             "indented": json.dumps(row(), indent=2),
+             "after a mark": "\ufeff" + json.dumps([row()]),
              "pointer": "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n"}
 
 
@@ -483,14 +509,16 @@ def test_a_path_that_exists_is_no_pattern_and_a_folder_is_none(tmp_path):
     assert len(Rows(tmp_path / "y[1]" / "m.jsonl")) == 2
     with pytest.raises(ValueError, match=r"a folder; name its files, such as '.*/y1/\*.jsonl'"):
         Rows(tmp_path / "y1")
-    with pytest.raises(FileNotFoundError, match=r"{0..9}.tar: no such manifest or tar \(write {00..99} without quotes"):
+    with pytest.raises(FileNotFoundError, match=r"{0..9}.tar: no such manifest or tar "
+                                                r"\(write {00..99} without quotes"):
         Rows(tmp_path / "{0..9}.tar")
 
 
 @pytest.mark.parametrize("ascii", [True, False])
 def test_a_file_name_that_is_not_utf8_is_read_and_can_be_printed(ascii, tmp_path):
     write_clip(tmp_path / "clips" / "0.wav").rename(tmp_path / "clips" / "caf\udce9.wav")
-    lines = [json.dumps(row() | {"audio": f"clips/{name}\udce9.wav"}, ensure_ascii=ascii) for name in ("caf", "gone")]
+    lines = [json.dumps(row() | {"audio": f"clips/{name}\udce9.wav"}, ensure_ascii=ascii)
+             for name in ("caf", "gone")]
     (tmp_path / "m\udce9.jsonl").write_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
     rows = Rows(tmp_path / "m\udce9.jsonl", answers=True)
     assert len(rows.audio(0)) == 8000
@@ -502,7 +530,8 @@ def test_a_file_name_that_is_not_utf8_is_read_and_can_be_printed(ascii, tmp_path
         assert r"\udce9" in str(e.value).encode().decode()
 
 
-@pytest.mark.parametrize("says", [{"label": "_silence_"}, {"answer": "Silence."}, {"answer": "Nothing is heard."}])
+@pytest.mark.parametrize("says", [{"label": "_silence_"}, {"answer": "Silence."},
+                                  {"answer": "Nothing is heard."}])
 def test_silence_is_read_where_the_row_says_so(says, tmp_path):
     write_clip(tmp_path / "clips/0.wav", np.zeros(800))
     rows = Rows(write_manifest(tmp_path / "m.jsonl", [row(seconds=0.05) | says, row(seconds=0.05)]))
@@ -521,8 +550,8 @@ def test_missing_empty_and_twice_named_manifests_are_refused(manifest, tmp_path)
     bad = write_manifest(tmp_path / "bad.jsonl", [row(seconds=-1)])
     with pytest.raises(ValueError) as e:  # each is named
         Rows([bad, tmp_path / "empty.jsonl"])
-    assert [line.rpartition(": ")[2] for line in str(e.value).splitlines()] == ["seconds is -1; need a number",
-                                                                                "holds no rows"]
+    assert [line.rpartition(": ")[2] for line in str(e.value).splitlines()] == [
+        "seconds is -1; need a number", "holds no rows"]
     same = tmp_path / "same.jsonl"
     same.symlink_to(manifest)
     for twice in ([manifest, manifest], [manifest, tmp_path / "m*.jsonl"], [same, manifest]):
@@ -579,7 +608,8 @@ def test_rows_of_a_tar_equal_the_manifests(manifest, tmp_path, how, key):
     assert sorted(order) == list(range(6))
     for i, n in enumerate(order):
         assert rows[i] == {k: v for k, v in expected[n].items() if k != "audio"}
-        assert torch.equal(rows.audio(i), expected.audio(n)) and rows.seconds[i] == expected.seconds[n]
+        assert (torch.equal(rows.audio(i), expected.audio(n))
+                and rows.seconds[i] == expected.seconds[n])
         assert str(tmp_path / "t.tar") in rows.name(i)
 
 
@@ -598,7 +628,8 @@ def test_seconds_of_a_tars_clip_come_from_its_header(tmp_path):
 
 
 def test_a_tar_that_changes_after_the_start_is_named(tmp_path):
-    path = write_tar(tmp_path / "t.tar", [("a.json", row()), ("a.wav", bytes_of(tone(0.2), format="WAV"))])
+    path = write_tar(tmp_path / "t.tar", [("a.json", row()),
+                                          ("a.wav", bytes_of(tone(0.2), format="WAV"))])
     rows = Rows(path)
     with open(path, "r+b") as f:
         f.write(b"?" * 2**12)
@@ -626,7 +657,8 @@ def test_a_tars_clips_are_not_read_for_their_headers(kind, tmp_path, monkeypatch
 
 
 def test_a_tars_clip_takes_one_read(tmp_path, monkeypatch):
-    path = write_tar(tmp_path / "t.tar", [("a.json", row()), ("a.wav", WAV), ("b.json", row()), ("b.wav", WAV)])
+    path = write_tar(tmp_path / "t.tar", [("a.json", row()), ("a.wav", WAV),
+                                          ("b.json", row()), ("b.wav", WAV)])
     rows, read = Rows(path), []
     read_bytes = data.read_bytes
     monkeypatch.setattr(data, "read_bytes", lambda *a: read.append(a) or read_bytes(*a))
@@ -641,11 +673,13 @@ WAV = bytes_of(tone(0.1), format="WAV")
 @pytest.mark.parametrize("how", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_members_as_other_systems_write_them_are_read(name, how, tmp_path):
     key, kind = name.rsplit(".", 1)
-    clip = bytes_of(tone(1.0), format="OGG", subtype="OPUS") if kind == "opus" else bytes_of(tone(1.0), format=kind)
+    clip = (bytes_of(tone(1.0), format="OGG", subtype="OPUS") if kind == "opus"
+            else bytes_of(tone(1.0), format=kind))
     folder, base = key.rpartition("/")[0], key.rpartition("/")[2]
     side = f"{folder}/._{base}".lstrip("/")  # macOS's beside each
     rows = Rows(write_tar(tmp_path / "t.tar", [(f"{side}.{kind}", b"\0\5\x16\7"), (name, clip),
-                                               (f"{side}.json", b"\0\5\x16\7"), (f"{key}.json", row())], format=how))
+                                               (f"{side}.json", b"\0\5\x16\7"),
+                                               (f"{key}.json", row())], format=how))
     assert len(rows) == 1 and len(rows.audio(0)) == RATE and rows.name(0).encode()
 
 
@@ -657,7 +691,8 @@ def test_links_in_a_tar_are_refused_with_the_remedy(kind, tmp_path):
         tar.addfile(link)
     with pytest.raises(ValueError) as e:
         Rows(tmp_path / "t.tar")
-    assert_one_line(e, f"{tmp_path / 't.tar'}: b.wav: a link or sparse", "tar -h --hard-dereference")
+    assert_one_line(e, f"{tmp_path / 't.tar'}: b.wav: a link or sparse",
+                    "tar -h --hard-dereference")
 
 
 def test_a_tar_that_is_a_git_lfs_pointer_says_so(tmp_path):
@@ -669,12 +704,14 @@ def test_a_tar_that_is_a_git_lfs_pointer_says_so(tmp_path):
 BAD_TARS = {
     "audio without json": ([("a.wav", WAV)], ": a: audio without its .json"),
     "json without audio": ([("a.json", row())], ": a: .json without its audio"),
-    "same part twice": ([("a.wav", WAV), ("a.flac", WAV), ("a.json", row())], ": a.flac: comes twice"),
+    "same part twice": ([("a.wav", WAV), ("a.flac", WAV), ("a.json", row())],
+                        ": a.flac: comes twice"),
     "not JSON": ([("a.wav", WAV), ("a.json", b"{")], ": a.json: not JSON"),
     "not an object": ([("a.wav", WAV), ("a.json", b"7")], ": a.json: not a JSON object"),
     "empty answer": ([("a.wav", WAV), ("a.json", row(answer=""))], ": a.json: answer is ''"),
     "no members": ([], ": holds no rows"),
-    "too long": ([("a.wav", WAV), ("a.json", row(seconds=31))], ": a.json: 31.0 s, longer than --max-seconds"),
+    "too long": ([("a.wav", WAV), ("a.json", row(seconds=31))],
+                 ": a.json: 31.0 s, longer than --max-seconds"),
 }
 
 
@@ -692,7 +729,8 @@ def test_a_tar_cut_short_anywhere_is_refused(manifest, tmp_path):
     whole = path.read_bytes()
     end = -(-len(whole.rstrip(b"\0")) // 512) * 512  # then empty blocks follow
     assert len(Rows(path)) == 6
-    for left in (300, 512, 700, 1024, 1100, end // 2, end // 1024 * 512, end - 512, end - 1, end, end + 100):
+    for left in (300, 512, 700, 1024, 1100, end // 2, end // 1024 * 512, end - 512, end - 1, end,
+                 end + 100):
         path.write_bytes(whole[:left])
         with pytest.raises(ValueError, match="t.tar: .*cut short"):
             Rows(path)
@@ -706,7 +744,8 @@ def test_a_tar_with_a_hole_or_another_behind_it_is_refused(manifest, tmp_path):
     for at in headers[1:]:
         for junk in (bytes(512), b"\xff" * 512):
             path.write_bytes(whole[:at] + junk + whole[at + 512 :])
-            with pytest.raises(ValueError, match=f"t.tar: .*damaged or several tars in one, after {at} bytes"):
+            with pytest.raises(ValueError, match="t.tar: .*damaged or several tars in one, "
+                                                 f"after {at} bytes"):
                 Rows(path)
     path.write_bytes(whole + whole)
     with pytest.raises(ValueError, match="several tars in one"):
@@ -726,7 +765,8 @@ def test_a_compressed_tar_is_refused_with_the_remedy(manifest, tmp_path, name):
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory):
-    """Rows of three tasks of different size and length, without audio; and the training rows' numbers."""
+    """Rows of three tasks of different size and length, without audio; and the training rows'
+    numbers."""
     draw, lines = random.Random(0), []
     for task, n, longest in (("language", 700, 30), ("pitch", 90, 4), ("drum", 11, 1)):
         for _ in range(n):
@@ -738,7 +778,8 @@ def many(tmp_path_factory):
 
 def sampled(many, batch_seconds=60.0, temperature=2.0, weights=None, **how):
     rows, index = many
-    return sample_batches(rows, index, task_shares(rows, index, temperature, weights), batch_seconds, **how)
+    return sample_batches(rows, index, task_shares(rows, index, temperature, weights),
+                          batch_seconds, **how)
 
 
 def first(many, n, *args, **how):
@@ -767,7 +808,8 @@ def test_tasks_have_exactly_their_share_by_temperature(many, temperature):
     sizes = Counter(rows.task[index].tolist())
     weights = {t: n ** (1 / temperature) for t, n in sizes.items()}
     for task, n in Counter(rows.task[taken].tolist()).items():
-        assert abs(n - len(taken) * weights[task] / sum(weights.values())) <= 2  # rounding, here and of the whole
+        # rounding, here and of the whole
+        assert abs(n - len(taken) * weights[task] / sum(weights.values())) <= 2
 
 
 def test_tasks_have_exactly_their_share_by_weight(many):
@@ -775,18 +817,22 @@ def test_tasks_have_exactly_their_share_by_weight(many):
     taken = pools(many, 5, weights={"pitch": 3, "drum": 1})
     counts = Counter(rows.tasks[t] for t in rows.task[taken])
     assert set(counts) == {"pitch", "drum"}
-    assert abs(counts["pitch"] - len(taken) * 0.75) <= 1 and abs(counts["drum"] - len(taken) * 0.25) <= 1
+    assert (abs(counts["pitch"] - len(taken) * 0.75) <= 1
+            and abs(counts["drum"] - len(taken) * 0.25) <= 1)
 
 
 def test_weights_of_unknown_tasks_and_an_empty_split_are_refused(many):
     rows, index = many
-    with pytest.raises(ValueError, match=r"lacks: \['yodel'\]; it has \['drum', 'language', 'pitch'\]"):
+    with pytest.raises(ValueError, match=r"lacks: \['yodel'\]; "
+                                         r"it has \['drum', 'language', 'pitch'\]"):
         task_shares(rows, index, weights={"yodel": 1})
     with pytest.raises(ValueError, match="no rows to train on"):
         task_shares(rows, rows.where("valid"))
-    for weights in ({"drum": 0}, {"drum": 1, "pitch": -0.5}, {"drum": math.nan}, {"drum": math.inf}):
+    for weights in ({"drum": 0}, {"drum": 1, "pitch": -0.5}, {"drum": math.nan},
+                    {"drum": math.inf}):
         with pytest.raises(ValueError,
-                           match="task weights {.*each must be a number of 0 or more, and one must be above"):
+                           match="task weights {.*each must be a number of 0 or more, "
+                                 "and one must be above"):
             task_shares(rows, index, weights=weights)
 
 
@@ -838,7 +884,8 @@ def test_no_batch_is_ever_empty(tmp_path, seconds, tasks):
 
 
 def test_tasks_of_nearly_one_length_are_mixed_within_batches(tmp_path):
-    lines = [row(task=t, seconds=s) for t, s in (("drum", 1.0), ("pitch", 1.01)) for _ in range(500)]
+    lines = [row(task=t, seconds=s) for t, s in (("drum", 1.0), ("pitch", 1.01))
+             for _ in range(500)]
     rows = Rows(write_manifest(tmp_path / "m.jsonl", lines))
     batches = first((rows, rows.where("train")), 64, 10.0)
     assert sum(len(set(rows.task[batch].tolist())) == 2 for _, batch in batches) > 58
@@ -846,9 +893,11 @@ def test_tasks_of_nearly_one_length_are_mixed_within_batches(tmp_path):
 
 @pytest.mark.parametrize("ranks, least", [(8, 0.9), (32, 0.85)])
 def test_ranks_have_like_work_text_included(ranks, least, tmp_path):
-    """Mean / max over the ranks of padded audio and text, counted in the decoder's tokens of 80 ms."""
+    """Mean / max over the ranks of padded audio and text, counted in the decoder's tokens of
+    80 ms."""
     draw, lines = random.Random(0), []
-    for task, n, longest, letters in (("language", 2000, 12, 8), ("transcribe", 2000, 12, 200), ("drum", 500, 1, 5)):
+    for task, n, longest, letters in (("language", 2000, 12, 8), ("transcribe", 2000, 12, 200),
+                                      ("drum", 500, 1, 5)):
         for _ in range(n):
             seconds = draw.uniform(0.2, longest)
             answer = "x" * (letters if letters < 9 else max(1, round(letters * seconds / longest)))
@@ -856,7 +905,8 @@ def test_ranks_have_like_work_text_included(ranks, least, tmp_path):
     rows = Rows(write_manifest(tmp_path / "m.jsonl", lines), answers=True)
     work = []
     for _, batch in first((rows, rows.where("train")), 10 * POOL, 120.0):
-        work.append(len(batch) * (rows.seconds[batch].max() / 0.08 + 15 + rows.text_bytes[batch].max() / 4))
+        work.append(len(batch) * (rows.seconds[batch].max() / 0.08 + 15
+                                  + rows.text_bytes[batch].max() / 4))
     work = np.array(work).reshape(-1, ranks)
     assert (work.mean(1) / work.max(1)).mean() > least
 
@@ -864,12 +914,14 @@ def test_ranks_have_like_work_text_included(ranks, least, tmp_path):
 def test_held_out_rows_are_fixed_and_at_most_so_many_a_task(many):
     rows, _ = many
     specs = held_out(rows, "test", 5, 60.0, seed=1)
-    assert specs == held_out(rows, "test", 5, 60.0, seed=1) != held_out(rows, "test", 5, 60.0, seed=2)
+    assert (specs == held_out(rows, "test", 5, 60.0, seed=1)
+            != held_out(rows, "test", 5, 60.0, seed=2))
     taken = [i for _, batch in specs for i in batch]
     assert len(taken) == len(set(taken)) and set(taken) <= set(rows.where("test").tolist())
     sizes = Counter(rows.task[rows.where("test")].tolist())
     assert Counter(rows.task[taken].tolist()) == {t: min(n, 5) for t, n in sizes.items()}
-    assert sum(len(batch) for _, batch in held_out(rows, "test", 0, 60.0)) == len(rows.where("test"))
+    assert (sum(len(batch) for _, batch in held_out(rows, "test", 0, 60.0))
+            == len(rows.where("test")))
     assert held_out(rows, "valid", 5, 60.0) == []
 
 
@@ -926,7 +978,8 @@ def test_batches_do_not_depend_on_the_number_of_workers(untold):
     rows = Rows(untold, answers=True)
     def stream(workers):
         specs = sampled((rows, rows.where("train")), 1.0, seed=5, start=60)
-        return list(itertools.islice(loader(Batches(rows, Letters(), RATE, seed=5), specs, workers), 8))
+        return list(itertools.islice(
+            loader(Batches(rows, Letters(), RATE, seed=5), specs, workers), 8))
     here = stream(0)
     assert len({tuple(b.rows) for b in here}) > 1
     for workers in (1, 2):
@@ -936,10 +989,13 @@ def test_batches_do_not_depend_on_the_number_of_workers(untold):
 
 def test_templates_are_drawn_by_the_seed(untold):
     rows = Rows(untold, answers=True)
-    drawn = lambda seed: [Batches(rows, Letters(), RATE, seed)[n, list(range(12))].instructions for n in range(8)]
+    drawn = lambda seed: [Batches(rows, Letters(), RATE, seed)[n, list(range(12))].instructions
+                          for n in range(8)]
     assert drawn(1) == drawn(1) != drawn(2)
-    assert all(text == "Which note?" for batch in drawn(1) for text in batch[::3])  # a row's own instruction
-    assert {text for batch in drawn(1) for i, text in enumerate(batch) if i % 3} == set(TEMPLATES["pitch"])
+    # a row's own instruction
+    assert all(text == "Which note?" for batch in drawn(1) for text in batch[::3])
+    assert ({text for batch in drawn(1) for i, text in enumerate(batch) if i % 3}
+            == set(TEMPLATES["pitch"]))
 
 
 def test_without_other_languages_the_draws_are_those_of_templates_alone(untold):
@@ -1004,7 +1060,9 @@ def test_an_unreadable_batch_is_replaced_within_its_tasks(tmp_path):
     tasks = ["drum", "pitch", "language", "pitch", "drum"]
     for i in (0, 2, 4):
         write_clip(tmp_path / f"clips/{i}.wav")
-    rows = Rows(write_manifest(tmp_path / "m.jsonl", [row(i, task=t) for i, t in enumerate(tasks)]), answers=True)
+    rows = Rows(
+        write_manifest(tmp_path / "m.jsonl", [row(i, task=t) for i, t in enumerate(tasks)]),
+        answers=True)
     with pytest.raises(AudioError, match="2 clips in a row cannot be read"):
         Batches(rows, Letters(), RATE)[0, [1]]  # 3 is of the same task
     write_clip(tmp_path / "clips/1.wav")
@@ -1038,8 +1096,8 @@ loader = data.loader(data.Batches(rows, Letters(), 16_000), specs, 2)
 
 def run_script(manifest, body, before=()):
     code = SCRIPT.format(path=[str(Path(data.__file__).parent)], manifest=manifest) + body
-    return subprocess.Popen([*before, sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                            text=True, start_new_session=True)
+    return subprocess.Popen([*before, sys.executable, "-c", code], stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, text=True, start_new_session=True)
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
@@ -1064,7 +1122,8 @@ print("a last checkpoint", flush=True)
 
 
 def test_a_small_shared_memory_is_enough(manifest):
-    small = ["unshare", "-rm", "sh", "-c", 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"', "sh"]
+    small = ["unshare", "-rm", "sh", "-c",
+             'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"', "sh"]
     if subprocess.run([*small, "true"], capture_output=True).returncode:
         pytest.skip("no mount namespaces here")
     process = run_script(manifest, "print(sum(batch.audio.numel() for batch in loader))", small)
@@ -1096,7 +1155,8 @@ def test_every_language_asks_all_tasks_but_question_in_words_of_its_own():
 
 # ---------------------------------------------------------------- command line
 
-def test_command_line_lists_the_tasks_and_the_unreadable_clips(manifest, tmp_path, monkeypatch, capsys):
+def test_command_line_lists_the_tasks_and_the_unreadable_clips(manifest, tmp_path, monkeypatch,
+                                                               capsys):
     (tmp_path / "clips/2.wav").write_text("no audio")
     monkeypatch.setattr(sys, "argv", ["data.py", manifest, "--decode"])
     with pytest.raises(SystemExit) as e:
@@ -1115,7 +1175,8 @@ def test_command_line_lists_the_tasks_and_the_unreadable_clips(manifest, tmp_pat
 def index(manifest, tmp_path, monkeypatch):
     """An index of a manifest and a tar of it."""
     tar = write_tar(tmp_path / "t.tar", members_of(manifest))
-    monkeypatch.setattr(sys, "argv", ["data.py", manifest, tar, "--index", str(tmp_path / "all.index")])
+    monkeypatch.setattr(sys, "argv",
+                        ["data.py", manifest, tar, "--index", str(tmp_path / "all.index")])
     with pytest.raises(SystemExit) as e:
         data.main()
     assert not e.value.code
@@ -1143,7 +1204,8 @@ def test_what_an_index_holds_is_checked_by_those_who_use_it(manifest, tmp_path):
     assert len(Rows(index)) == len(Rows(index, answers=True, splits={"train"})) == 3
     with pytest.raises(ValueError, match=r"bad.jsonl:2 \(clips/1.wav\): answer is ''"):
         Rows(index, answers=True)
-    with pytest.raises(ValueError, match=r"bad.jsonl:3 \(clips/2.wav\): 40.0 s, longer than --max-seconds 30"):
+    with pytest.raises(ValueError, match=r"bad.jsonl:3 \(clips/2.wav\): 40.0 s, longer than "
+                                         r"--max-seconds 30"):
         Rows(index, max_seconds=30)
 
 
@@ -1154,7 +1216,8 @@ def test_the_first_ten_bad_rows_of_an_index_are_named(tmp_path):
     with pytest.raises(ValueError) as e:
         Rows(index, answers=True, splits={"train"})
     assert str(e.value).splitlines() == [
-        f"{path}:{i + 1} (clips/{i}.wav): answer is ''; training needs a text" for i in range(1, 21, 2)]
+        f"{path}:{i + 1} (clips/{i}.wav): answer is ''; training needs a text"
+        for i in range(1, 21, 2)]
 
 
 def test_an_index_of_files_that_changed_and_other_misuse_are_refused(index, tmp_path):

@@ -73,7 +73,8 @@ def test_errors_are_one_line(tmp_path, text, says):
 
 
 def test_the_scores_show_every_task_and_its_gain_over_the_better_baseline():
-    files = [json.loads((plot.RECIPE / name).read_text())["encoders"] for name in ("scores.json", "padded.json")]
+    files = [json.loads((plot.RECIPE / name).read_text())["encoders"]
+             for name in ("scores.json", "padded.json")]
     own_length, *trained = [encoder["tasks"] for encoder in files[0].values()]
     padded, = [encoder["tasks"] for encoder in files[1].values()]
     for axes, probe in zip(plot.scores_figure(plot.RECIPE).axes, plot.PROBES):
@@ -90,7 +91,8 @@ def test_the_scores_show_every_task_and_its_gain_over_the_better_baseline():
 def test_what_more_audio_and_averaging_do():
     scores, words = plot.heard_figure(plot.RECIPE).axes
     names = [line.get_label() for line in scores.lines]
-    assert names == ["suite, kNN", "letters_language, kNN", "suite, MLP probe", "letters_language, MLP probe"]
+    assert names == ["suite, kNN", "letters_language, kNN",
+                     "suite, MLP probe", "letters_language, MLP probe"]
     assert [line.get_label() for line in words.lines] == ["transcribe", "transcribe_dutch"]
     untouched = json.loads((plot.RECIPE / "valid/untouched-words.json").read_text())
     first = words.lines[1].get_ydata()[0]
@@ -107,8 +109,10 @@ def test_without_matplotlib(monkeypatch):
 
 
 def test_scores_of_the_probe(tmp_path):
-    scores = {"encoders": {"a": {"tasks": {"drum": {"knn": 0.5, "mlp": 0.6}, "caption": {"knn": None, "mlp": 0.1}}},
-                           "b": {"tasks": {"drum": {"knn": 0.6, "mlp": 0.7}, "caption": {"knn": None, "mlp": 0.2}}}}}
+    scores = {"encoders": {"a": {"tasks": {"drum": {"knn": 0.5, "mlp": 0.6},
+                                           "caption": {"knn": None, "mlp": 0.1}}},
+                           "b": {"tasks": {"drum": {"knn": 0.6, "mlp": 0.7},
+                                           "caption": {"knn": None, "mlp": 0.2}}}}}
     (tmp_path / "scores.json").write_text(json.dumps(scores))
     plot.main([str(tmp_path / "scores.json")])
     assert (tmp_path / "scores.png").stat().st_size > 5000

@@ -1,6 +1,8 @@
-"""train.py: accumulation, ranks, exact resume, frozen parts, guards, reports, errors; all tiny, on the CPU.
+"""train.py: accumulation, ranks, exact resume, frozen parts, guards, reports, errors;
+all tiny, on the CPU.
 
-A run here is the real command line in a process of its own, forked from a server that has imported torch already.
+A run here is the real command line in a process of its own, forked from a server that has
+imported torch already.
 """
 import faulthandler
 import itertools
@@ -45,8 +47,10 @@ def make_rows(folder, task, answers, sounds, clips, **more):
         for i in range(count):
             draw = np.random.default_rng([len(task), len(split), i])
             path = f"clips/{task}-{split}-{i}.wav"
-            write_clip(folder / path, sounds[i % 2](draw, draw.uniform(0.3, 1.0)), 16_000 if i % 3 else 8_000)
-            rows.append(dict(audio=path, answer=answers[i % 2], label=answers[i % 2], task=task, split=split, **more))
+            write_clip(folder / path, sounds[i % 2](draw, draw.uniform(0.3, 1.0)),
+                       16_000 if i % 3 else 8_000)
+            rows.append(dict(audio=path, answer=answers[i % 2], label=answers[i % 2], task=task,
+                             split=split, **more))
     return rows
 
 
@@ -56,20 +60,25 @@ def world(tmp_path_factory, whisper, qwen):
     one task takes its instructions from the templates."""
     folder = tmp_path_factory.mktemp("world")
     sine = lambda hertz: lambda draw, seconds: tone(seconds, hertz * draw.uniform(0.9, 1.1))
-    hiss = lambda level: lambda draw, seconds: draw.normal(0, level, int(16_000 * seconds)).astype(np.float32)
+    hiss = lambda level: lambda draw, seconds: (
+        draw.normal(0, level, int(16_000 * seconds)).astype(np.float32))
     clips = {"train": 16, "valid": 4, "test": 4}
-    rows = (make_rows(folder, "height", ["low", "high"], [sine(300), sine(2500)], clips, instruction="How high?")
+    rows = (make_rows(folder, "height", ["low", "high"], [sine(300), sine(2500)], clips,
+                      instruction="How high?")
             + make_rows(folder, "sound_event", ["a tone", "noise"], [sine(700), hiss(0.1)], clips)
-            + make_rows(folder, "level", ["soft", "loud"], [hiss(0.02), hiss(0.3)], clips, instruction="How loud?"))
-    return SimpleNamespace(folder=folder, rows=rows, data=write_manifest(folder / "all.jsonl", rows),
+            + make_rows(folder, "level", ["soft", "loud"], [hiss(0.02), hiss(0.3)], clips,
+                        instruction="How loud?"))
+    return SimpleNamespace(folder=folder, rows=rows,
+                           data=write_manifest(folder / "all.jsonl", rows),
                            encoder=str(whisper[0]), decoder=str(qwen[0]))
 
 
 def options(world, out, **changes) -> list[str]:
     """The command line of the tests' usual run, with changes (None leaves a flag out)."""
-    settings = dict(data=world.data, encoder=world.encoder, decoder=world.decoder, out=out, precision="fp32",
-                    device="cpu", steps=STEPS, freeze_encoder=FROZEN, warmup=2, batch_seconds=5, workers=0,
-                    log_every=2, save_every=3, eval_every=6, keep=10, questions=2) | changes
+    settings = dict(data=world.data, encoder=world.encoder, decoder=world.decoder, out=out,
+                    precision="fp32", device="cpu", steps=STEPS, freeze_encoder=FROZEN, warmup=2,
+                    batch_seconds=5, workers=0, log_every=2, save_every=3, eval_every=6, keep=10,
+                    questions=2) | changes
     flags = []
     for name, value in settings.items():
         if value is not None and value is not False:
@@ -118,7 +127,8 @@ def succeed(*runs: Run) -> Run:
     """Wait for runs that are to end well; returns the first."""
     for run in runs:
         run.wait()
-    assert not any(run.code for run in runs), "\n".join(f"exit code {run.code}\n{run.err}" for run in runs)
+    assert not any(run.code for run in runs), "\n".join(
+        f"exit code {run.code}\n{run.err}" for run in runs)
     return runs[0]
 
 
@@ -127,15 +137,17 @@ def start_ranks(argv, patch=dict, n=2) -> list[Run]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    return [Run(argv, patch if rank == 0 else dict, RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n),
-                MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in range(n)]
+    return [Run(argv, patch if rank == 0 else dict, RANK=str(rank), LOCAL_RANK=str(rank),
+                WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            for rank in range(n)]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def fork_server():
     """Imports this file once; PYTHONPATH lets it, and one thread makes its processes equal."""
     before = dict(os.environ)
-    os.environ.update(PYTHONPATH=os.pathsep.join([str(HERE), str(HERE.parent)]), OMP_NUM_THREADS="1")
+    os.environ.update(PYTHONPATH=os.pathsep.join([str(HERE), str(HERE.parent)]),
+                      OMP_NUM_THREADS="1")
     FORKS.set_forkserver_preload([__name__])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -161,7 +173,8 @@ def error(capsys, *argv) -> str:
 def metrics(out) -> list[dict]:
     """metrics.jsonl without what the clock and the machine decide."""
     lines = [json.loads(line) for line in Path(out, "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("audio_seconds_per_second", "memory_gib")} for line in lines]
+    return [{k: v for k, v in line.items() if k not in ("audio_seconds_per_second", "memory_gib")}
+            for line in lines]
 
 
 def step_folder(out, step) -> Path:
@@ -181,7 +194,8 @@ def same_bits(a: dict, b: dict) -> bool:
 
 def assert_same_run(a, b, step=STEPS):
     assert same_bits(weights(a, step), weights(b, step))
-    one, two = (torch.load(step_folder(out, step) / "trainer.pt")["optimizer"]["state"] for out in (a, b))
+    one, two = (torch.load(step_folder(out, step) / "trainer.pt")["optimizer"]["state"]
+                for out in (a, b))
     assert one.keys() == two.keys() and all(same_bits(one[k], two[k]) for k in one)
     assert metrics(a) == metrics(b)
 
@@ -195,7 +209,8 @@ def assert_close_runs(a, b, step):
     for x, y in zip(metrics(a), metrics(b), strict=True):
         assert x.keys() == y.keys() and x["step"] == y["step"]
         if "loss" in x:
-            assert x["loss"] == pytest.approx(y["loss"], rel=1e-5) and x["norm"] == pytest.approx(y["norm"], rel=1e-4)
+            assert (x["loss"] == pytest.approx(y["loss"], rel=1e-5)
+                    and x["norm"] == pytest.approx(y["norm"], rel=1e-4))
             assert x["tasks"] == pytest.approx(y["tasks"], rel=1e-5)
 
 
@@ -209,21 +224,24 @@ def undisturbed(world, tmp_path_factory):
 # ---------------------------------------------------------------- one update
 
 def gradient(world, out, loss, sizes, checkpoint_layers=False):
-    """Minus the gradient of one update on the same 12 clips, of all tasks, in batches of these sizes:
-    what plain SGD subtracts."""
-    s = train.parse(options(world, out, loss=loss, grad_clip=1e9, freeze_encoder=0, checkpoint_layers=checkpoint_layers,
-                            steps=1, accumulate=len(sizes), eval_clips=1, questions=0))
+    """Minus the gradient of one update on the same 12 clips, of all tasks, in batches of
+    these sizes: what plain SGD subtracts."""
+    s = train.parse(options(world, out, loss=loss, grad_clip=1e9, freeze_encoder=0,
+                            checkpoint_layers=checkpoint_layers, steps=1, accumulate=len(sizes),
+                            eval_clips=1, questions=0))
     out.mkdir()
     rows = Rows(world.data, answers=True)
     model = train.build_model(s, None)
     batches = Batches(rows, model.decoder.tokenizer, RATE)
     first = itertools.accumulate(sizes, initial=0)
-    specs = [(0, list(range(5 * start, 5 * (start + size), 5))) for start, size in zip(first, sizes)]
+    specs = [(0, list(range(5 * start, 5 * (start + size), 5)))
+             for start, size in zip(first, sizes)]
     before = {k: p.detach().clone() for k, p in model.named_parameters()}
 
     def plain_sgd(s, model, state):
         trained = [p for p in model.parameters() if p.requires_grad]
-        return torch.optim.SGD([dict(params=trained, name="all")], lr=1.0), torch.amp.GradScaler("cpu", enabled=False)
+        return (torch.optim.SGD([dict(params=trained, name="all")], lr=1.0),
+                torch.amp.GradScaler("cpu", enabled=False))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "build_optimizer", plain_sgd)
@@ -241,7 +259,8 @@ def gradient(world, out, loss, sizes, checkpoint_layers=False):
 def test_accumulation_equals_one_large_batch(world, tmp_path, loss):
     whole, losses, norm = gradient(world, tmp_path / "one", loss, [12])
     parts, losses_of_parts, norm_of_parts = gradient(world, tmp_path / "three", loss, [2, 7, 3])
-    assert losses == pytest.approx(losses_of_parts, rel=1e-5) and norm == pytest.approx(norm_of_parts, rel=1e-5)
+    assert (losses == pytest.approx(losses_of_parts, rel=1e-5)
+            and norm == pytest.approx(norm_of_parts, rel=1e-5))
     for k in whole:
         assert (whole[k] - parts[k]).abs().max() <= 1e-5 * whole[k].abs().max() + 1e-7, k
 
@@ -269,11 +288,13 @@ def test_the_decoder_never_trains(world):
     model = train.build_model(s, None)
     optimizer, _ = train.build_optimizer(s, model, dict(step=0))
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    trained = {id(p) for part in (model.encoder, model.adapter) for p in part.parameters() if p.requires_grad}
+    trained = {id(p) for part in (model.encoder, model.adapter) for p in part.parameters()
+               if p.requires_grad}
     assert held == trained and id(model.encoder.embed_positions.weight) not in held
     assert not held & {id(p) for p in model.decoder.parameters()}
     assert model.training and not any(m.training for m in model.decoder.modules())
-    train.wrap(s, model)(Batches(Rows(world.data), model.decoder.tokenizer, RATE)[0, [0, 1]]).sum().backward()
+    train.wrap(s, model)(
+        Batches(Rows(world.data), model.decoder.tokenizer, RATE)[0, [0, 1]]).sum().backward()
     assert all(p.grad is None for p in model.decoder.parameters())
     assert {id(p) for p in model.parameters() if p.grad is not None} == trained
 
@@ -302,15 +323,19 @@ def test_schedule():
 
 def test_config_and_metrics(undisturbed, world):
     config = json.loads((undisturbed.out / "config.json").read_text())
-    assert config["steps"] == STEPS and config["encoder"] == world.encoder and config["data"] == [world.data]
-    lines = [json.loads(line) for line in (undisturbed.out / "metrics.jsonl").read_text().splitlines()]
+    assert (config["steps"] == STEPS and config["encoder"] == world.encoder
+            and config["data"] == [world.data])
+    lines = [json.loads(line)
+             for line in (undisturbed.out / "metrics.jsonl").read_text().splitlines()]
     logged = [line for line in lines if "loss" in line]
-    assert [line["step"] for line in logged] == [2, 3, 4, 6, 8, 9, 10, 12]  # every second, and each checkpoint
+    # every second, and each checkpoint
+    assert [line["step"] for line in logged] == [2, 3, 4, 6, 8, 9, 10, 12]
     for line in logged:
-        assert line.keys() == {"step", "loss", "tasks", "norm", "lr", "audio_seconds_per_second", "memory_gib",
-                               "skipped"}
+        assert line.keys() == {"step", "loss", "tasks", "norm", "lr", "audio_seconds_per_second",
+                               "memory_gib", "skipped"}
         assert line["tasks"].keys() <= {"height", "sound_event", "level"} and not line["skipped"]
-        assert all(0 < x < 100 for x in (line["loss"], line["norm"], line["memory_gib"], *line["tasks"].values()))
+        assert all(0 < x < 100 for x in (line["loss"], line["norm"], line["memory_gib"],
+                                         *line["tasks"].values()))
         assert line["audio_seconds_per_second"] > 0 and line["lr"].keys() == {"encoder", "adapter"}
         assert min(line["tasks"].values()) <= line["loss"] <= max(line["tasks"].values())
     for key in ("held_out", "answers"):
@@ -323,11 +348,14 @@ def test_config_and_metrics(undisturbed, world):
 def test_the_encoder_loads_in_transformers(undisturbed, world, whisper):
     from transformers import WhisperModel
 
-    model, report = WhisperModel.from_pretrained(undisturbed.out / "encoder", output_loading_info=True)
+    model, report = WhisperModel.from_pretrained(undisturbed.out / "encoder",
+                                                 output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     final = weights(undisturbed.out, STEPS)
-    assert all(torch.equal(final[f"model.encoder.{k}"], v) for k, v in model.encoder.state_dict().items())
-    assert all(torch.equal(whisper[1].decoder.state_dict()[k], v) for k, v in model.decoder.state_dict().items())
+    assert all(torch.equal(final[f"model.encoder.{k}"], v)
+               for k, v in model.encoder.state_dict().items())
+    assert all(torch.equal(whisper[1].decoder.state_dict()[k], v)
+               for k, v in model.decoder.state_dict().items())
 
 
 def test_load_run_reads_the_newest_checkpoint(undisturbed):
@@ -345,14 +373,16 @@ def test_the_encoder_is_frozen_and_let_go(undisturbed, world):
         assert torch.equal(start[k], last[k]) == ("embed_positions" in k), k
         assert torch.equal(start[k], free[k]) == ("embed_positions" in k), k
     adapter = len([k for k in frozen if k.startswith(("norm.", "fc1.", "fc2."))])
-    states = [len(torch.load(step_folder(undisturbed.out, step) / "trainer.pt")["optimizer"]["state"])
-              for step in (FROZEN, 6)]
+    states = [
+        len(torch.load(step_folder(undisturbed.out, step) / "trainer.pt")["optimizer"]["state"])
+        for step in (FROZEN, 6)]
     assert states == [adapter, adapter + len(start) - 1]
 
 
 def test_bf16_and_the_other_options_run(world, tmp_path):
-    succeed(Run(options(world, tmp_path / "run", precision="bf16", loss="example", checkpoint_layers=True, steps=2,
-                        workers=1, task_weights=["height=1", "level=3"])))
+    succeed(Run(options(world, tmp_path / "run", precision="bf16", loss="example",
+                        checkpoint_layers=True, steps=2, workers=1,
+                        task_weights=["height=1", "level=3"])))
     lines = metrics(tmp_path / "run")
     assert all(line["tasks"].keys() <= {"height", "level"} for line in lines if "loss" in line)
 
@@ -395,8 +425,9 @@ def two_agents(argv, other_argv, **environment):
         port = str(s.getsockname()[1])
     command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1",
                "--master-addr=127.0.0.1", f"--master-port={port}"]
-    agents = [subprocess.Popen([*command, f"--node-rank={i}", HERE.parent / "train.py", *more], text=True,
-                               stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=os.environ | environment)
+    agents = [subprocess.Popen([*command, f"--node-rank={i}", HERE.parent / "train.py", *more],
+                               text=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                               env=os.environ | environment)
               for i, more in enumerate((argv, other_argv))]
     return agents
 
@@ -412,7 +443,8 @@ def test_a_fault_of_one_rank_at_the_start_ends_all_with_its_message(world, tmp_p
 def test_when_one_rank_dies_all_end_within_a_minute(world, tmp_path):
     argv = options(world, tmp_path / "run", steps=100_000, save_every=100_000, eval_every=100_000)
     one, other = two_agents(argv, argv)
-    while not (tmp_path / "run/metrics.jsonl").exists() or "loss" not in (tmp_path / "run/metrics.jsonl").read_text():
+    while (not (tmp_path / "run/metrics.jsonl").exists()
+           or "loss" not in (tmp_path / "run/metrics.jsonl").read_text()):
         assert one.poll() is None and other.poll() is None
         time.sleep(0.2)
     children = Path(f"/proc/{other.pid}/task/{other.pid}/children").read_text().split()
@@ -465,7 +497,8 @@ def kill_in_save(call):
 def kill_in_cleanup():
     """Just after a checkpoint got its name, while the oldest is being removed."""
     real = shutil.rmtree
-    shutil.rmtree = lambda path, **how: kill() if Path(path).name.startswith(".old-") else real(path, **how)
+    shutil.rmtree = lambda path, **how: (
+        kill() if Path(path).name.startswith(".old-") else real(path, **how))
 
 
 def test_killed_anywhere_and_resumed_a_run_ends_with_the_same_bits(world, tmp_path, undisturbed):
@@ -480,8 +513,10 @@ def test_killed_anywhere_and_resumed_a_run_ends_with_the_same_bits(world, tmp_pa
 
     killed(partial(kill_in_update, 2))
     assert names() == []
-    assert "no finished checkpoint yet: starting at step 0" in killed(partial(kill_in_save, 2), "--resume")
-    assert names() == [".writing-00000006", "step-00000003"]  # the encoder's first free step is next
+    assert "no finished checkpoint yet: starting at step 0" in killed(
+        partial(kill_in_save, 2), "--resume")
+    # the encoder's first free step is next
+    assert names() == [".writing-00000006", "step-00000003"]
     assert "from step 3" in killed(kill_in_cleanup, "--resume", "--workers", "2")
     assert names() == [".old-step-00000003", "step-00000006"]
     assert "from step 6" in killed(partial(kill_in_update, 2), "--resume")
@@ -503,7 +538,8 @@ def test_clap_trains_resumes_exactly_and_is_exported(world, clap, tmp_path):
     from transformers import ClapModel
 
     whole, killed, half = tmp_path / "whole", tmp_path / "killed", tmp_path / "half"
-    same = dict(encoder=clap[0], stack=2, freeze_encoder=0, steps=4, save_every=2, eval_clips=1, questions=1)
+    same = dict(encoder=clap[0], stack=2, freeze_encoder=0, steps=4, save_every=2, eval_clips=1,
+                questions=1)
     run = Run(options(world, whole, **same))
     argv = options(world, killed, **same)
     assert Run(argv, partial(kill_in_update, 3)).wait().code == -signal.SIGKILL
@@ -524,15 +560,17 @@ def test_clap_trains_resumes_exactly_and_is_exported(world, clap, tmp_path):
         assert same_bits(theirs.text_model.state_dict(), clap[1].text_model.state_dict())
 
 
-# ---------------------------------------------------------------- other decoders, and those that train
+# ------------------------------------------------------------- other decoders, and those that train
 
 def moved(module, start) -> set[str]:
     before = start.state_dict()
-    return {k.partition(".")[0] for k, v in module.state_dict().items() if not torch.equal(v, before[k])}
+    return {k.partition(".")[0] for k, v in module.state_dict().items()
+            if not torch.equal(v, before[k])}
 
 
 @pytest.mark.parametrize("rate", [0, 1e-3])
-def test_whispers_decoder_without_adapter_trains_or_not_and_resumes_exactly(world, talking_whisper, tmp_path, rate):
+def test_whispers_decoder_without_adapter_trains_or_not_and_resumes_exactly(
+        world, talking_whisper, tmp_path, rate):
     from transformers import WhisperForConditionalGeneration
 
     folder = str(talking_whisper[0])
@@ -549,7 +587,8 @@ def test_whispers_decoder_without_adapter_trains_or_not_and_resumes_exactly(worl
     assert moved(model.decoder, start) == (parts if rate else set())
     assert not list(model.adapter.parameters()) and model.encoder.width == model.decoder.width
     folder = tmp_path / "whole/encoder"
-    theirs, report = WhisperForConditionalGeneration.from_pretrained(folder, output_loading_info=True)
+    theirs, report = WhisperForConditionalGeneration.from_pretrained(
+        folder, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     for k, v in theirs.model.decoder.state_dict().items():
         assert torch.equal(v, model.decoder.state_dict()[k]), k
@@ -567,22 +606,25 @@ def test_a_trained_qwen_is_saved_and_exported_by_itself(world, tmp_path):
     succeed(Run([*argv, "--resume"]), whole)
     assert_same_run(tmp_path / "whole", tmp_path / "killed", 6)
     start, out = load_decoder(world.decoder), tmp_path / "whole"
-    assert not moved(load_decoder(step_folder(out, 3) / "decoder"), start)  # the adapter trained alone
+    # the adapter trained alone
+    assert not moved(load_decoder(step_folder(out, 3) / "decoder"), start)
     trained = load_run(out).decoder
     assert moved(trained, start) == {"embed_tokens", "lm_head", "layers", "norm"}
     assert trained.lm_head.weight is trained.embed_tokens.weight
     theirs, ours = Qwen2ForCausalLM.from_pretrained(out / "decoder"), load_decoder(out / "decoder")
     assert torch.equal(theirs.lm_head.weight, trained.lm_head.weight) and not moved(ours, trained)
-    its, before = (WhisperModel.from_pretrained(f).decoder.state_dict() for f in (out / "encoder", world.encoder))
+    its, before = (WhisperModel.from_pretrained(f).decoder.state_dict()
+                   for f in (out / "encoder", world.encoder))
     assert same_bits(its, before)
 
 
 def test_a_decoder_that_trains_has_a_group_and_float32_weights(world, talking_whisper):
-    s = train.parse(options(world, "unused", decoder=talking_whisper[0], precision="bf16", lr_decoder=1.0, steps=100,
-                            warmup=10, freeze_encoder=20))
+    s = train.parse(options(world, "unused", decoder=talking_whisper[0], precision="bf16",
+                            lr_decoder=1.0, steps=100, warmup=10, freeze_encoder=20))
     model = train.build_model(s, None)
     optimizer, _ = train.build_optimizer(s, model, dict(step=0))
-    assert [g["name"] for g in optimizer.param_groups] == ["encoder"] * 2 + ["adapter"] * 2 + ["decoder"] * 2
+    assert [g["name"] for g in optimizer.param_groups] == (
+        ["encoder"] * 2 + ["adapter"] * 2 + ["decoder"] * 2)
     held = {id(p) for g in optimizer.param_groups[4:] for p in g["params"]}
     assert held == {id(p) for p in model.decoder.parameters()}
     assert {p.dtype for p in model.decoder.parameters()} == {torch.float32}
@@ -593,8 +635,8 @@ def test_a_decoder_that_trains_has_a_group_and_float32_weights(world, talking_wh
 
 def test_ranks_train_a_decoder_as_one_process_does(world, talking_whisper, tmp_path):
     folder = str(talking_whisper[0])
-    same = dict(encoder=folder, decoder=folder, stack=0, lr_decoder=1e-3, freeze_encoder=0, steps=3, save_every=1,
-                log_every=1)
+    same = dict(encoder=folder, decoder=folder, stack=0, lr_decoder=1e-3, freeze_encoder=0,
+                steps=3, save_every=1, log_every=1)
     one = Run(options(world, tmp_path / "one", **same, accumulate=2))
     succeed(one, *start_ranks(options(world, tmp_path / "two", **same)))
     assert_close_runs(tmp_path / "one", tmp_path / "two", 3)
@@ -614,8 +656,9 @@ def with_language(world, folder, language):
 @pytest.fixture
 def kept(world, talking_whisper, tmp_path):
     """(settings, model, rows, a batch, its clips of `level`) of a run with --words."""
-    s = train.parse(options(world, tmp_path, encoder=talking_whisper[0], words="level", words_weight=3, loss="example",
-                            freeze_encoder=1, batch_seconds=17, data=with_language(world, tmp_path, "Dutch")))
+    s = train.parse(options(world, tmp_path, encoder=talking_whisper[0], words="level",
+                            words_weight=3, loss="example", freeze_encoder=1, batch_seconds=17,
+                            data=with_language(world, tmp_path, "Dutch")))
     model, rows = train.build_model(s, None), train.open_rows(s)
     batch = Batches(rows, model.decoder.tokenizer, RATE)[0, [0, 17, 40, 41, 42]]
     clips = [i for i, task in enumerate(batch.tasks) if task == "level"]
@@ -634,7 +677,8 @@ def test_whispers_decoder_reads_the_clips_of_words_too(kept, step):
     s, model, rows, batch, clips = kept
     words = train.WordsLoss(s, rows, model.encoder)
     decoder = words.reader.decoder
-    assert words.reader.encoder is model.encoder and not any(p.requires_grad for p in decoder.parameters())
+    assert (words.reader.encoder is model.encoder
+            and not any(p.requires_grad for p in decoder.parameters()))
     # 17 s a batch: one clip of 30 s.
     chosen = clips if step == 3 else sorted(random.Random(step).sample(clips, 1))
     losses = []
@@ -642,7 +686,8 @@ def test_whispers_decoder_reads_the_clips_of_words_too(kept, step):
         answer = decoder.tokenizer.answer(batch.texts[i])
         states = decoder.answer_states(*features_of(model.encoder, batch, i, step == 4),
                                        [decoder.tokenizer.transcription("nl")], [answer])
-        losses.append(torch.nn.functional.cross_entropy(decoder.unembed(states), torch.tensor(answer), reduction="none"))
+        losses.append(torch.nn.functional.cross_entropy(
+            decoder.unembed(states), torch.tensor(answer), reduction="none"))
     total = sum(loss.mean().item() for loss in losses) / len(chosen)
     added = words.loss(batch, step)
     assert added.item() == pytest.approx(3 * 3 * total, rel=1e-4)
@@ -658,12 +703,14 @@ def test_whispers_decoder_reads_the_clips_of_words_too(kept, step):
 
 def test_a_clip_whose_words_have_no_finite_loss_is_named(kept, tmp_path, capsys):
     s, model, rows, batch, clips = kept
-    words, log = train.WordsLoss(s, rows, model.encoder), train.Log(s, SimpleNamespace(rows=rows), 0)
+    words, log = (train.WordsLoss(s, rows, model.encoder),
+                  train.Log(s, SimpleNamespace(rows=rows), 0))
     with torch.no_grad():
         words.reader.decoder.layers[0].fc1.weight.fill_(math.nan)
     words.loss(batch, 3)
     log.bad_update(3, [(batch, torch.zeros(sum(batch.answer_tokens)))] + words.parts, math.nan)
-    assert capsys.readouterr().err.endswith(f"rows: {', '.join(rows.name(batch.rows[i]) for i in clips)}\n")
+    assert capsys.readouterr().err.endswith(
+        f"rows: {', '.join(rows.name(batch.rows[i]) for i in clips)}\n")
 
 
 def test_the_layers_that_read_words_are_recomputed_where_the_others_are(kept):
@@ -673,10 +720,12 @@ def test_the_layers_that_read_words_are_recomputed_where_the_others_are(kept):
         assert words.reader.decoder.checkpoint_layers == on
 
 
-def test_a_run_with_words_resumes_exactly_and_on_ranks_is_as_in_one_process(world, talking_whisper, tmp_path):
-    same = dict(data=with_language(world, tmp_path, "nl"), encoder=talking_whisper[0], words="level", freeze_encoder=1,
-                steps=5, save_every=1, log_every=1, eval_every=5)
-    one, argv = Run(options(world, tmp_path / "one", **same, accumulate=2)), options(world, tmp_path / "two", **same)
+def test_a_run_with_words_resumes_exactly_and_on_ranks_is_as_in_one_process(
+        world, talking_whisper, tmp_path):
+    same = dict(data=with_language(world, tmp_path, "nl"), encoder=talking_whisper[0],
+                words="level", freeze_encoder=1, steps=5, save_every=1, log_every=1, eval_every=5)
+    one, argv = (Run(options(world, tmp_path / "one", **same, accumulate=2)),
+                 options(world, tmp_path / "two", **same))
     killed = options(world, tmp_path / "killed", **same, accumulate=2)
     assert Run(killed, partial(kill_in_update, 3)).wait().code == -signal.SIGKILL
     succeed(one, Run([*killed, "--resume"]), *start_ranks(argv))
@@ -692,10 +741,14 @@ def test_a_run_with_words_resumes_exactly_and_on_ranks_is_as_in_one_process(worl
     assert not same_bits(weights(tmp_path / "one", 5), weights(tmp_path / "without", 5))
 
 
-@pytest.mark.parametrize("language, says", [(None, "language is ''"), ("Klingon", "language is 'Klingon'")])
+@pytest.mark.parametrize("language, says", [
+    (None, "language is ''"),
+    ("Klingon", "language is 'Klingon'"),
+])
 def test_words_need_a_language_that_whisper_knows(world, talking_whisper, tmp_path, language, says):
     data = with_language(world, tmp_path, language)
-    said = Run(options(world, tmp_path / "out", data=data, encoder=talking_whisper[0], words="level")).fail()
+    said = Run(options(world, tmp_path / "out", data=data, encoder=talking_whisper[0],
+                       words="level")).fail()
     assert says in said and "words.jsonl" in said and "--words" in said
     assert not (tmp_path / "out").exists()  # said before anything begins
 
@@ -705,11 +758,13 @@ def test_words_too_long_for_whisper_are_named_at_the_start(world, talking_whispe
     rows[7]["answer"] = "ab " * 1000
     data = write_manifest(tmp_path / "words.jsonl", rows)
     task = rows[7]["task"]
-    said = Run(options(world, tmp_path / "out", data=data, encoder=talking_whisper[0], words=task)).fail()
-    assert "words.jsonl:8" in said and "Whisper's decoder takes 448" in said and not (tmp_path / "out").exists()
+    said = Run(options(world, tmp_path / "out", data=data, encoder=talking_whisper[0],
+                       words=task)).fail()
+    assert ("words.jsonl:8" in said and "Whisper's decoder takes 448" in said
+            and not (tmp_path / "out").exists())
 
 
-# ---------------------------------------------------------------- stopped, lengthened, started from another
+# ------------------------------------------------------- stopped, lengthened, started from another
 
 def signal_in_update(number, call):
     """As from outside, between backward and the optimizer's step of the `call`-th update."""
@@ -724,10 +779,12 @@ def signal_in_update(number, call):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_stopped_by_a_signal_a_run_saves_the_update_and_says_how_to_go_on(world, tmp_path, undisturbed, number):
+def test_stopped_by_a_signal_a_run_saves_the_update_and_says_how_to_go_on(
+        world, tmp_path, undisturbed, number):
     out = tmp_path / "run"
     text = Run(options(world, out, workers=1), partial(signal_in_update, number, 4)).fail()
-    assert text == f"error: stopped by a signal after step 5; go on with: python train.py --resume --out {out}"
+    assert text == ("error: stopped by a signal after step 5; "
+                    f"go on with: python train.py --resume --out {out}")
     assert step_folder(out, 5).is_dir() and not (out / "encoder").exists()
     succeed(Run(["--resume", "--out", str(out)]))  # with OUT's own settings
     assert same_bits(weights(undisturbed.out, STEPS), weights(out, STEPS))
@@ -740,8 +797,10 @@ def test_a_signal_in_the_last_update_does_not_hold_up_the_end(world, tmp_path, u
 
 
 def test_ranks_stop_together(world, tmp_path):
-    one, other = start_ranks(options(world, tmp_path / "run"), partial(signal_in_update, signal.SIGTERM, 2))
-    assert "stopped by a signal after step 3" in one.fail() and "stopped by a signal after step 3" in other.fail()
+    one, other = start_ranks(options(world, tmp_path / "run"),
+                             partial(signal_in_update, signal.SIGTERM, 2))
+    assert ("stopped by a signal after step 3" in one.fail()
+            and "stopped by a signal after step 3" in other.fail())
 
 
 def kill_a_reader(call):
@@ -756,14 +815,17 @@ def kill_a_reader(call):
 
 
 def test_a_killed_reader_is_one_line(world, tmp_path):
-    run = Run(options(world, tmp_path / "run", workers=1, steps=200, save_every=200, eval_every=200),
+    run = Run(options(world, tmp_path / "run", workers=1, steps=200, save_every=200,
+                      eval_every=200),
               partial(kill_a_reader, 3))
-    assert "a process that reads audio was killed" in (text := run.fail()) and "lower --workers" in text
+    assert ("a process that reads audio was killed" in (text := run.fail())
+            and "lower --workers" in text)
 
 
 def sleep_in_update(call):
     real, calls = torch.nn.utils.clip_grad_norm_, itertools.count(1)
-    torch.nn.utils.clip_grad_norm_ = lambda *args: time.sleep(100 * (next(calls) == call)) or real(*args)
+    torch.nn.utils.clip_grad_norm_ = lambda *args: (
+        time.sleep(100 * (next(calls) == call)) or real(*args))
 
 
 def test_a_second_run_into_the_same_folder_is_refused(world, tmp_path):
@@ -787,7 +849,8 @@ def test_a_run_can_be_lengthened(undisturbed, world, tmp_path):
     said = succeed(Run(["--resume", "--out", str(out), "--steps", "14"])).out
     assert "from step 12 to 14" in said and "step 14/14" in said and step_folder(out, 14).is_dir()
     assert json.loads((out / "config.json").read_text())["steps"] == 14
-    assert "steps is 5, below its step" in Run(["--resume", "--out", str(out), "--steps", "5"]).fail()
+    assert "steps is 5, below its step" in Run(
+        ["--resume", "--out", str(out), "--steps", "5"]).fail()
 
 
 def test_a_new_run_can_start_from_another_runs_adapter(undisturbed, world, tmp_path):
@@ -833,7 +896,8 @@ def test_resume_looks_in_the_folder_that_the_run_writes_to(world, tmp_path, monk
     s = train.parse(options(world, None, resume=True))
     assert s.out == str(tmp_path / "out") and s.seed == 5
     assert train.parse(["--resume"]).seed == 7
-    assert "gone/config.json is missing: there is no run to resume" in error(capsys, "--resume", "--out", "gone")
+    assert "gone/config.json is missing: there is no run to resume" in error(
+        capsys, "--resume", "--out", "gone")
 
 
 def test_resume_wants_the_same_settings(undisturbed, world, tmp_path, capsys):
@@ -844,7 +908,8 @@ def test_resume_wants_the_same_settings(undisturbed, world, tmp_path, capsys):
     assert "lr_encoder was 0.0001, is 0.5" in text and "seed was 0, is 3" in text
     fewer = write_manifest(world.folder / "fewer.jsonl", world.rows[1:])
     assert "rows was 60, is 59" in error(capsys, *options(world, out, resume=True, data=fewer))
-    turned = write_manifest(world.folder / "turned.jsonl", world.rows[::-1])  # other numbers for the same rows
+    # other numbers for the same rows
+    turned = write_manifest(world.folder / "turned.jsonl", world.rows[::-1])
     assert "checksum was " in error(capsys, *options(world, out, resume=True, data=turned))
     swap = {"train": "valid", "valid": "train"}
     swapped = write_manifest(world.folder / "swap.jsonl",
@@ -856,7 +921,8 @@ def test_resume_wants_the_same_settings(undisturbed, world, tmp_path, capsys):
     for newer in ("loss", "task_weights", "checksum", "splits"):
         del state["settings"][newer]
     torch.save(state, trainer)
-    assert "loss was 'token', is 'example'" in error(capsys, *options(world, out, resume=True, loss="example"))
+    assert "loss was 'token', is 'example'" in error(
+        capsys, *options(world, out, resume=True, loss="example"))
     succeed(Run(options(world, out, resume=True)))
     os.truncate(trainer, 1000)
     assert f"{trainer} is damaged" in error(capsys, *options(world, out, resume=True))
@@ -877,12 +943,15 @@ def tell_instructions():
 def test_other_languages_ask_in_training_alone(undisturbed, world, tmp_path, capsys):
     out = tmp_path / "run"
     said = succeed(Run(options(world, out, languages=["de", "ru"], steps=6), tell_instructions)).out
-    asked = {line.removeprefix("asked: ") for line in said.splitlines() if line.startswith("asked: ")}
-    assert asked == {"How high?", "How loud?", "Was ist zu hören?", "Что слышно?", *TEMPLATES["sound_event"]}
+    asked = {line.removeprefix("asked: ") for line in said.splitlines()
+             if line.startswith("asked: ")}
+    assert asked == {"How high?", "How loud?", "Was ist zu hören?", "Что слышно?",
+                     *TEMPLATES["sound_event"]}
     assert "asked in English alone (TRANSLATIONS in data.py): height, level\n" in said
     usual = metrics(undisturbed.out)
     assert metrics(out)[:2] == usual[:2]  # held-out losses and answers before training
-    questions = [[a["instruction"] for a in line["answers"]] for line in metrics(out) if "answers" in line]
+    questions = [[a["instruction"] for a in line["answers"]] for line in metrics(out)
+                 if "answers" in line]
     assert questions == [[a["instruction"] for a in usual[1]["answers"]]] * 2
     text = error(capsys, *options(world, out, resume=True, languages=["ru"], steps=6))
     assert "languages was ['de', 'ru'], is ['ru']" in text
@@ -891,15 +960,19 @@ def test_other_languages_ask_in_training_alone(undisturbed, world, tmp_path, cap
 def test_a_valid_split_that_no_row_has_is_said(world, tmp_path):
     run = succeed(Run(options(world, tmp_path / "run", valid_split="dev", steps=1)))
     assert "no row has split 'dev' (--valid-split): no held-out loss" in run.out
-    assert "held-out loss:" not in run.out and not any("held_out" in line for line in metrics(tmp_path / "run"))
+    assert ("held-out loss:" not in run.out
+            and not any("held_out" in line for line in metrics(tmp_path / "run")))
 
 
 def test_splits_are_said_with_what_is_done_with_them(world, tmp_path):
-    rows = [row | {"split": {"valid": "validation"}.get(row["split"], row["split"])} for row in world.rows]
+    rows = [row | {"split": {"valid": "validation"}.get(row["split"], row["split"])}
+            for row in world.rows]
     data = write_manifest(world.folder / "validation.jsonl", rows)
     said = succeed(Run(options(world, tmp_path / "run", data=data, steps=1))).out
-    assert "split 'train': 48 rows to train on" in said and "split 'validation': 12 rows left out" in said
-    assert "split 'test': 12 rows left out" in said and "no row has split 'valid' (--valid-split)" in said
+    assert ("split 'train': 48 rows to train on" in said
+            and "split 'validation': 12 rows left out" in said)
+    assert ("split 'test': 12 rows left out" in said
+            and "no row has split 'valid' (--valid-split)" in said)
     assert "note: all 1 updates are warm-up (--warmup 2)" in said
 
 
@@ -913,17 +986,20 @@ def test_a_models_folder_is_not_taken_for_a_run(world, tmp_path, capsys):
     assert before == {p.name: p.read_bytes() for p in out.iterdir()}
 
 
-def test_a_finished_run_without_checkpoints_is_not_overwritten(undisturbed, world, tmp_path, capsys):
+def test_a_finished_run_without_checkpoints_is_not_overwritten(
+        undisturbed, world, tmp_path, capsys):
     out = tmp_path / "run"
     shutil.copytree(undisturbed.out / "encoder", out / "encoder")
     for resume in (True, False):
-        assert "holds " in (text := error(capsys, *options(world, out, resume=resume))) and "another --out" in text
+        assert ("holds " in (text := error(capsys, *options(world, out, resume=resume)))
+                and "another --out" in text)
     assert sorted(p.name for p in out.iterdir()) == ["encoder"]
 
 
 def test_a_task_that_could_not_be_read_at_the_start_is_reported_later(monkeypatch, capsys):
     monkeypatch.setattr(train, "evaluate", lambda *a: {"old": 1.0, "new": 2.0})
-    log = SimpleNamespace(s=SimpleNamespace(questions=0, steps=9), batches=None, write=lambda *a, **k: 0, time=0.0)
+    log = SimpleNamespace(s=SimpleNamespace(questions=0, steps=9), batches=None,
+                          write=lambda *a, **k: 0, time=0.0)
     train.report(log, None, 5, {"old": 3.0})
     assert capsys.readouterr().out == "step 5/9  held-out loss: old 3.000 -> 1.000  new 2.000\n"
 
@@ -934,7 +1010,8 @@ def test_an_evaluation_forks_nothing(world, monkeypatch):
     rows = Rows(world.data, answers=True)
     model = train.build_model(s, None)
     monkeypatch.setattr(os, "fork", lambda: pytest.fail("forked"))
-    assert train.evaluate(s, model, Batches(rows, model.decoder.tokenizer, RATE)).keys() == set(rows.tasks)
+    assert (train.evaluate(s, model, Batches(rows, model.decoder.tokenizer, RATE)).keys()
+            == set(rows.tasks))
 
 
 # ---------------------------------------------------------------- guards
@@ -949,8 +1026,8 @@ def test_a_run_of_non_finite_updates_changes_nothing_and_ends(world, tmp_path):
     bad = loud(world.folder, "clips/loud.wav")
     rows = [row | {"audio": bad} if row["split"] == "train" else row for row in world.rows]
     out = tmp_path / "run"
-    text = Run(options(world, out, data=write_manifest(world.folder / "loud.jsonl", rows), save_every=1,
-                       freeze_encoder=0)).fail()
+    text = Run(options(world, out, data=write_manifest(world.folder / "loud.jsonl", rows),
+                       save_every=1, freeze_encoder=0)).fail()
     last = train.BAD_UPDATES["fp32"] - 1
     assert f"{last + 1} updates in a row were not finite" in text
     assert same_bits(weights(out, 1), weights(out, last))
@@ -962,23 +1039,27 @@ def test_a_run_of_non_finite_updates_changes_nothing_and_ends(world, tmp_path):
 def test_a_row_is_named_when_one_of_its_two_draws_is_not_finite(world, tmp_path, capsys):
     batches = SimpleNamespace(rows=SimpleNamespace(name="row {}".format, tasks=["a"]))
     log = train.Log(train.Settings(out=str(tmp_path), device="cpu", precision="fp32"), batches, 0)
-    parts = [(SimpleNamespace(rows=[7, 8], answer_tokens=[1, 2]), torch.tensor([1.0, 2.0, math.nan])),
+    parts = [(SimpleNamespace(rows=[7, 8], answer_tokens=[1, 2]),
+              torch.tensor([1.0, 2.0, math.nan])),
              (SimpleNamespace(rows=[9, 8], answer_tokens=[1, 1]), torch.tensor([2.0, 3.0]))]
     log.bad_update(5, parts, math.nan)
     assert capsys.readouterr().err == "step 5: gradient norm is nan, update left out; rows: row 8\n"
 
 
 def test_dirty_data_is_named_and_left_out(world, tmp_path):
-    """Two ranks; of the clips to train on one gives NaN and one is not audio, a held-out one is missing."""
+    """Two ranks; of the clips to train on one gives NaN and one is not audio,
+    a held-out one is missing."""
     more = dict(steps=8, batch_seconds=8)
     s = train.parse(options(world, tmp_path / "run", **more))
     read = train.open_rows(s)
-    stream = [rows for _, rows in itertools.islice(train.batch_specs(s, read, 0), 16)]  # what both ranks will see
+    # what both ranks will see
+    stream = [rows for _, rows in itertools.islice(train.batch_specs(s, read, 0), 16)]
     places = {row["audio"]: n for n, row in enumerate(world.rows)}
     rows = [dict(row) for row in world.rows]
     for i in range(len(read)):  # the same lengths as before, so the same stream
         rows[places[read[i]["audio"]]]["seconds"] = float(read.seconds[i])
-    nan, text, gone = (places[read[i]["audio"]] for i in (stream[6][0], stream[9][-1], read.where("valid")[0]))
+    nan, text, gone = (places[read[i]["audio"]]
+                       for i in (stream[6][0], stream[9][-1], read.where("valid")[0]))
     rows[nan]["audio"], rows[text]["audio"], rows[gone]["audio"] = (
         loud(world.folder, "clips/loud.wav"), "clips/text.wav", "gone.wav")
     (world.folder / "clips/text.wav").write_text("not audio")
@@ -989,7 +1070,8 @@ def test_dirty_data_is_named_and_left_out(world, tmp_path):
     assert f"skipped: {data}:{text + 1} (clips/text.wav): " in said
     assert f"skipped: {data}:{gone + 1} (gone.wav): " in said and "gone.wav: No such file" in said
     skipped = [n for line in lines for n in line.get("skipped", {}).items()]
-    assert {task for task, _ in skipped} == {rows[text]["task"]} and sum(n for _, n in skipped) == said.count("text.wav")
+    assert ({task for task, _ in skipped} == {rows[text]["task"]}
+            and sum(n for _, n in skipped) == said.count("text.wav"))
     left_out = [line for line in lines if "non_finite" in line]
     assert 0 < len(left_out) < 8
     assert all(line["rows"] == [f"{data}:{nan + 1} (clips/loud.wav)"] for line in left_out)
@@ -1012,7 +1094,8 @@ def test_fp16_that_overflows_in_the_decoder_is_named_as_that(world, tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_too_many_unreadable_clips_end_the_run(world, tmp_path, workers):
-    rows = [row | ({"audio": "clips/missing.wav", "seconds": 0.5} if row["split"] == "train" and i % 2 else {})
+    rows = [row | ({"audio": "clips/missing.wav", "seconds": 0.5}
+                   if row["split"] == "train" and i % 2 else {})
             for i, row in enumerate(world.rows)]
     data = write_manifest(world.folder / f"missing{workers}.jsonl", rows)
     run = Run(options(world, tmp_path / "run", data=data, workers=workers))
@@ -1038,10 +1121,12 @@ def test_an_error_in_a_worker_is_one_line(world, tmp_path):
     (dict(train_split=["train", "valid"]), "--valid-split valid is also in --train-split"),
     (dict(train_split="fold9"), "--train-split"),
     (dict(steps=0), "--steps is 0"),
-    (dict(stack=0, freeze_encoder=0), "stack is 0, no adapter, but the encoder is 48 wide and the decoder 56"),
+    (dict(stack=0, freeze_encoder=0),
+     "stack is 0, no adapter, but the encoder is 48 wide and the decoder 56"),
     (dict(stack=0), "--stack 0 is no adapter, which --freeze-encoder would train alone"),
     (dict(words="speech"), "--words: no row to train on has task 'speech'"),
-    (dict(words="height", task_weights=["height=0", "level=1"]), "--words: no row to train on has task 'height'"),
+    (dict(words="height", task_weights=["height=0", "level=1"]),
+     "--words: no row to train on has task 'height'"),
     (dict(lr_decoder=-1), "--lr-decoder is -1"),
     (dict(batch_seconds=-1), "--batch-seconds is -1"),
     (dict(grad_clip=0), "--grad-clip is 0"),
@@ -1051,7 +1136,8 @@ def test_an_error_in_a_worker_is_one_line(world, tmp_path):
     (dict(lr_encoder=-1), "--lr-encoder is -1"),
     (dict(task_weights=["height"]), "--task-weights takes TASK=NUMBER, not height"),
     (dict(task_weights=["height=much"]), "--task-weights takes TASK=NUMBER, not height=much"),
-    (dict(task_weights=["height=-1"]), "task weights {'height': -1.0}: each must be a number of 0 or more"),
+    (dict(task_weights=["height=-1"]),
+     "task weights {'height': -1.0}: each must be a number of 0 or more"),
     (dict(task_weights=["height=0"]),
      "task weights {'height': 0.0}: each must be a number of 0 or more, and one must be above"),
     (dict(task_weights=["depth=1"]), "['depth']"),
@@ -1072,7 +1158,8 @@ def test_no_gpu(world, tmp_path, capsys):
     ('{"audio": "a.wav", "instruction": "x", "answer": " "}', "answer is ' '"),
     ('{"audio": "a.wav", "answer": "yes", "task": "unheard"}', "'unheard' has no templates"),
     ('{"audio": "a.wav", "instruction": 5, "answer": "yes"}', "instruction is 5; need a text"),
-    ('{"audio": "a.wav", "instruction": "x", "answer": "y", "seconds": 31}', "longer than --max-seconds 30"),
+    ('{"audio": "a.wav", "instruction": "x", "answer": "y", "seconds": 31}',
+     "longer than --max-seconds 30"),
     ('{"audio": "a.wav", "instruction": "x", "answer": "y", "seconds": "1"}', "seconds is '1'"),
     ("", "holds no rows"),
 ])
@@ -1083,7 +1170,8 @@ def test_bad_manifests(world, tmp_path, capsys, line, says):
 
 
 def test_bad_weights(world, tmp_path, capsys):
-    assert "model_type is 'qwen2'" in error(capsys, *options(world, tmp_path / "run", encoder=world.decoder))
+    assert "model_type is 'qwen2'" in error(
+        capsys, *options(world, tmp_path / "run", encoder=world.decoder))
     bare = tmp_path / "bare"
     shutil.copytree(world.decoder, bare)
     make_tokenizer(bare, chat_tokens=())
@@ -1111,5 +1199,6 @@ def test_unknown_flags_are_errors(capsys, flags, says):
 
 def test_no_flags_mean_the_embedded_example():
     s = train.parse([])
-    assert s.encoder.endswith("weights/tiny/encoder") and not s.data and s.steps == train.EXAMPLE["steps"]
+    assert (s.encoder.endswith("weights/tiny/encoder") and not s.data
+            and s.steps == train.EXAMPLE["steps"])
     assert train.parse(["--steps", "7"]).steps == 7

@@ -1,4 +1,5 @@
-"""uniwhisper.py against transformers on the same weights; masks, loss, generation, folders, command line."""
+"""uniwhisper.py against transformers on the same weights; masks, loss, generation, folders,
+command line."""
 import ast
 import json
 import re
@@ -17,11 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import uniwhisper
-from conftest import (RATE, VOCABULARY, assert_one_line, joint_model, make_qwen, make_tokenizer, noise, tone, write_clip,
-                      write_manifest)
+from conftest import (RATE, VOCABULARY, assert_one_line, joint_model, make_qwen, make_tokenizer,
+                      noise, tone, write_clip, write_manifest)
 from data import read_audio
-from uniwhisper import (ChatTokenizer, QwenDecoder, WhisperDecoder, WhisperEncoder, clap_mel, encoder_lengths, load_decoder,
-                        load_encoder, load_run, log_mel_spectrogram, newest_checkpoint, token_mask)
+from uniwhisper import (ChatTokenizer, QwenDecoder, WhisperDecoder, WhisperEncoder, clap_mel,
+                        encoder_lengths, load_decoder, load_encoder, load_run, log_mel_spectrogram,
+                        newest_checkpoint, token_mask)
 
 WINDOW = 30 * RATE
 transformers = pytest.importorskip("transformers")
@@ -74,7 +76,8 @@ def test_mel_equals_transformers(clip, n_mels):
 @pytest.mark.parametrize("samples", [5, 399, 16_000, 16_159, 300_000, WINDOW - 201, WINDOW - 100])
 def test_mel_of_real_frames_ignores_appended_zeros(samples):
     audio = noise(samples, level=1e-3)[None]
-    audio[0, -1] = 1.0  # a click on the last sample: the loudest frames are the ones that straddle the end
+    # a click on the last sample: the loudest frames are the ones that straddle the end
+    audio[0, -1] = 1.0
     alone = log_mel_spectrogram(audio)
     for zeros in (1, 170, 4_000, WINDOW - samples):
         padded = log_mel_spectrogram(F.pad(audio, (0, min(zeros, WINDOW - samples))))
@@ -89,8 +92,8 @@ def test_mel_of_a_quiet_clip_ignores_its_loud_neighbour():
 
 # ---------------------------------------------------------------- encoder
 
-@pytest.mark.parametrize("samples, tokens", [(0, 1), (1, 1), (160, 1), (320, 1), (479, 1), (480, 2), (640, 2),
-                                             (WINDOW, 1500), (WINDOW + 480, 1502)])
+@pytest.mark.parametrize("samples, tokens", [(0, 1), (1, 1), (160, 1), (320, 1), (479, 1), (480, 2),
+                                             (640, 2), (WINDOW, 1500), (WINDOW + 480, 1502)])
 def test_encoder_lengths(samples, tokens):
     assert encoder_lengths(samples) == tokens
     assert encoder_lengths(torch.tensor([samples])).tolist() == [tokens]
@@ -105,7 +108,8 @@ def test_encoder_equals_transformers_on_30_s(folder, request):
     with torch.no_grad():
         hidden = theirs.encoder(mel, output_hidden_states=True)
         assert_close(encoder(mel), hidden.last_hidden_state)
-        assert_close(encoder.encode(audio, torch.tensor([WINDOW, WINDOW]))[0], hidden.last_hidden_state)
+        assert_close(encoder.encode(audio, torch.tensor([WINDOW, WINDOW]))[0],
+                     hidden.last_hidden_state)
         for layer in (2, 1, 0):
             encoder.keep_layers(layer)
             expected = hidden.last_hidden_state if layer == 2 else hidden.hidden_states[layer]
@@ -160,10 +164,12 @@ def test_clips_over_30_s_go_through_in_windows(whisper):
         audio[i, :n] = noise(n, seed=i)
     with torch.no_grad():
         features, tokens = encoder.encode(audio, torch.tensor(lengths))
-        assert tokens.tolist() == [encoder_lengths(n) for n in lengths] and features.shape[1] == tokens[0]
+        assert (tokens.tolist() == [encoder_lengths(n) for n in lengths]
+                and features.shape[1] == tokens[0])
         for i, n in enumerate(lengths):
             parts = audio[i, :n].split(WINDOW)
-            alone = torch.cat([encoder.encode(p[None], torch.tensor([len(p)]))[0][0] for p in parts])
+            alone = torch.cat([encoder.encode(p[None], torch.tensor([len(p)]))[0][0]
+                               for p in parts])
             assert_close(features[i, : tokens[i]], alone, 1e-5)
             assert not features[i, tokens[i]:].any()
 
@@ -173,7 +179,8 @@ def test_padded_to_the_window_a_clip_sees_silence_and_gives_its_own_tokens(whisp
     encoder, audio = WhisperEncoder.from_pretrained(folder).eval(), noise(33_000)[None]
     batch = torch.cat((audio, F.pad(noise(9_000, seed=1), (0, 24_000))[None]))
     with torch.no_grad():
-        whole = theirs.encoder(log_mel_spectrogram(F.pad(audio, (0, WINDOW - 33_000)))).last_hidden_state
+        whole = theirs.encoder(
+            log_mel_spectrogram(F.pad(audio, (0, WINDOW - 33_000)))).last_hidden_state
         features, lengths = encoder.encode(batch, torch.tensor([33_000, 9_000]), pad_to_window=True)
         assert lengths.tolist() == [103, 28] and features.shape[1] == 103
         assert_close(features[0], whole[0, :103])
@@ -191,7 +198,8 @@ def test_an_encoder_with_fewer_positions_has_shorter_windows(whisper, tmp_path):
     encoder, audio = load_encoder(tmp_path).eval(), noise(12 * RATE)[None]
     with torch.no_grad():
         features, lengths = encoder.encode(audio, torch.tensor([12 * RATE]))
-        parts = [encoder.encode(p, torch.tensor([p.shape[1]]))[0] for p in audio.split(10 * RATE, 1)]
+        parts = [encoder.encode(p, torch.tensor([p.shape[1]]))[0]
+                 for p in audio.split(10 * RATE, 1)]
     assert lengths.tolist() == [600]
     assert_close(features, torch.cat(parts, 1), 1e-5)
 
@@ -204,7 +212,8 @@ def test_clips_or_a_clip_of_any_float_type_are_encoded(whisper):
             features, tokens = encoder.encode(same)
             assert torch.equal(features, expected) and tokens.equal(lengths)
         half = encoder.encode(audio.half(), torch.tensor([RATE]))[0]
-        assert half.dtype == torch.float32 and torch.equal(half, encoder.encode(audio.half().float())[0])
+        assert (half.dtype == torch.float32
+                and torch.equal(half, encoder.encode(audio.half().float())[0]))
     for bad, says in (((audio * 32767).short(), "audio is torch.int16; need floats from -1 to 1"),
                       (audio[None], r"audio has shape \(1, 1, 16000\); need \(B, S\), or \(S,\)")):
         with pytest.raises(ValueError, match=says):
@@ -228,7 +237,8 @@ def test_pooled_features_are_the_mean_over_real_tokens(whisper):
 
 
 def test_without_a_gradient_clips_pass_a_few_at_a_time(whisper, monkeypatch):
-    encoder, samples = load_encoder(whisper[0]).eval(), torch.tensor([WINDOW + 9_000, 16_000, 9_000, WINDOW + 320])
+    encoder, samples = (load_encoder(whisper[0]).eval(),
+                        torch.tensor([WINDOW + 9_000, 16_000, 9_000, WINDOW + 320]))
     audio, calls = torch.zeros(4, WINDOW + 9_000), []
     for clip, n in zip(audio, samples.tolist()):
         clip[:n] = noise(n, seed=n)
@@ -294,7 +304,8 @@ def test_only_the_encoder_knows_whispers_name_and_numbers(file):
                 assert ast.literal_eval(token.string) not in numbers, token.line
             if token.type == tokenize.NAME:
                 named = re.search("(?i)(?<!uni)whisper|clap", token.string)
-                assert not named and token.string not in ("SAMPLE_RATE", "TOKEN", "HOP", "CHUNK"), token.line
+                assert not named and token.string not in (
+                    "SAMPLE_RATE", "TOKEN", "HOP", "CHUNK"), token.line
 
 
 # ---------------------------------------------------------------- CLAP's encoder
@@ -412,7 +423,8 @@ def test_saved_clap_loads_in_transformers_with_its_text_side(clap, tmp_path):
             assert_close(model(mel).last_hidden_state[0].mean(1).T, features)
         text = whole.get_text_features(ids).pooler_output
         assert torch.equal(text, theirs.get_text_features(ids).pooler_output)
-    assert torch.equal(whole.audio_projection.linear1.weight, theirs.audio_projection.linear1.weight)
+    assert torch.equal(whole.audio_projection.linear1.weight,
+                       theirs.audio_projection.linear1.weight)
 
 
 def edit_audio_config(**changes):
@@ -424,13 +436,16 @@ def edit_audio_config(**changes):
 
 
 CLAP_FAULTS = {
-    "fused": (edit_audio_config(enable_fusion=True), "config.json: enable_fusion is True; need False"),
+    "fused": (edit_audio_config(enable_fusion=True),
+              "config.json: enable_fusion is True; need False"),
     "mels": (edit_audio_config(num_mel_bins=80), "config.json: num_mel_bins is 80; need 64"),
     "depths": (edit_audio_config(depths="two"), "config.json is damaged (Validation error"),
     "weights": (edit_audio_config(depths=[1, 1, 1, 1]), "weights do not fit: "),
-    "sound": (lambda folder: (folder / "preprocessor_config.json").write_text('{"truncation": "fusion"}'),
+    "sound": (lambda folder: (folder / "preprocessor_config.json").write_text(
+                  '{"truncation": "fusion"}'),
               "preprocessor_config.json: truncation is 'fusion'; need 'rand_trunc'"),
-    "processor": (lambda folder: (folder / "processor_config.json").write_text('{"feature_extractor": {"hop_length": 320}}'),
+    "processor": (lambda folder: (folder / "processor_config.json").write_text(
+                      '{"feature_extractor": {"hop_length": 320}}'),
                   "processor_config.json: hop_length is 320; need 480"),
 }
 
@@ -485,7 +500,8 @@ def test_decoder_reads_the_older_rope_theta(qwen, tmp_path):
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config.pop("rope_parameters")["rope_theta"] == 5000  # the newer place
-    (tmp_path / "config.json").write_text(json.dumps(config | {"rope_theta": 5000.0, "rope_scaling": None}))
+    (tmp_path / "config.json").write_text(
+        json.dumps(config | {"rope_theta": 5000.0, "rope_scaling": None}))
     assert_decoder_equals(tmp_path, theirs)
 
 
@@ -504,7 +520,8 @@ def test_answer_states_of_a_clip_do_not_depend_on_its_batch(qwen):
     together = decoder.answer_states(audio, lengths, prompts, answers).split([3, 1, 2])
     for i, states in enumerate(together):
         n = lengths[i : i + 1]
-        alone = decoder.answer_states(audio[i : i + 1, :n], n, prompts[i : i + 1], answers[i : i + 1])
+        alone = decoder.answer_states(audio[i : i + 1, :n], n, prompts[i : i + 1],
+                                      answers[i : i + 1])
         assert_close(states, alone, 1e-5)
 
 
@@ -517,7 +534,8 @@ def test_greedy_generation_equals_transformers_and_that_without_cache(kind, tmp_
     audio, lengths = torch.randn(4, 6, 56), torch.tensor([6, 1, 3, 4])
     audio[1, 1:] = 100.0  # padding must not be seen
     rows = decoder.layout(lengths, prompts, [[]] * 4)
-    embeds = [decoder.embed([row], audio[i : i + 1], lengths[i : i + 1]) for i, row in enumerate(rows)]
+    embeds = [decoder.embed([row], audio[i : i + 1], lengths[i : i + 1])
+              for i, row in enumerate(rows)]
     how = dict(max_new_tokens=12, do_sample=False, eos_token_id=-1, pad_token_id=0)
     free = [theirs.generate(inputs_embeds=e, **how)[0].tolist() for e in embeds]
     decoder.tokenizer.stop = {VOCABULARY}
@@ -536,7 +554,8 @@ def test_greedy_generation_equals_transformers_and_that_without_cache(kind, tmp_
 
 def test_generation_of_no_tokens_is_empty(qwen):
     decoder = QwenDecoder.from_pretrained(qwen[0])
-    assert decoder.generate(torch.randn(2, 5, 56), torch.tensor([5, 2]), [[1], [2, 3]], 0) == [[], []]
+    assert decoder.generate(
+        torch.randn(2, 5, 56), torch.tensor([5, 2]), [[1], [2, 3]], 0) == [[], []]
 
 
 def test_decoder_computes_in_its_own_dtype_under_autocast(whisper, qwen):
@@ -549,7 +568,8 @@ def test_decoder_computes_in_its_own_dtype_under_autocast(whisper, qwen):
     with torch.autocast("cpu", torch.bfloat16):
         assert half.decoder(torch.randn(1, 4, 56)).dtype == torch.bfloat16
         losses = half(batch_of(half))
-    assert losses.dtype == torch.float32 and abs(losses.sum() / exact(batch_of(exact)).sum() - 1) < 0.03
+    assert (losses.dtype == torch.float32
+            and abs(losses.sum() / exact(batch_of(exact)).sum() - 1) < 0.03)
 
 
 # ---------------------------------------------------------------- Whisper's decoder
@@ -574,7 +594,8 @@ def test_whispers_decoder_equals_transformers(kind, request):
     decoder, theirs, audio, lengths = whole_whisper(kind, request)
     ids = torch.randint(51864, (3, 50), generator=torch.Generator().manual_seed(0)).tolist()
     with torch.no_grad():
-        states = decoder.answer_states(audio, lengths, [row[:1] for row in ids], [row[1:] + [0] for row in ids])
+        states = decoder.answer_states(audio, lengths, [row[:1] for row in ids],
+                                       [row[1:] + [0] for row in ids])
         logits = decoder.unembed(states).split(50)
         for ours, row, clip, length in zip(logits, ids, audio, lengths):
             assert_close(ours, their_logits(theirs, clip, length, row))
@@ -593,17 +614,21 @@ def test_whispers_greedy_answers_equal_transformers(kind, request):
             ids.append(int(their_logits(theirs, clip, length, ids)[-1].argmax()))
         assert ids == prompt + ours
     decoder.tokenizer.stop = {free[0][5], free[1][2]}
-    until = [row[: next((i for i, t in enumerate(row) if t in decoder.tokenizer.stop), None)] for row in free]
+    until = [row[: next((i for i, t in enumerate(row) if t in decoder.tokenizer.stop), None)]
+             for row in free]
     assert decoder.generate(audio, lengths, prompts, 12) == until
     assert decoder.generate(audio, lengths, prompts, 0) == [[], [], []]
 
 
 def suppressing(folder, source, **lists):
-    """A copy of a whole Whisper whose generation_config.json holds these lists and what `generate` asks for."""
+    """A copy of a whole Whisper whose generation_config.json holds these lists and what
+    `generate` asks for."""
     shutil.copytree(source, folder, dirs_exist_ok=True)
     t = load_decoder(source).tokenizer
-    settings = {"eos_token_id": t.end, "pad_token_id": t.end, "decoder_start_token_id": t.start, "max_length": 448,
-                "no_timestamps_token_id": t.tokenizer.token_to_id("<|notimestamps|>"), "is_multilingual": t.multilingual}
+    settings = {"eos_token_id": t.end, "pad_token_id": t.end, "decoder_start_token_id": t.start,
+                "max_length": 448,
+                "no_timestamps_token_id": t.tokenizer.token_to_id("<|notimestamps|>"),
+                "is_multilingual": t.multilingual}
     if t.multilingual:
         settings["lang_to_id"] = {f"<|{code}|>": i for code, i in t.languages.items()}
         settings["task_to_id"] = {"transcribe": t.tokenizer.token_to_id("<|transcribe|>")}
@@ -613,7 +638,8 @@ def suppressing(folder, source, **lists):
 @pytest.mark.parametrize("kind", KINDS)
 def test_transcripts_hold_nothing_suppressed_as_in_transformers(kind, request, tmp_path):
     source, _ = request.getfixturevalue(kind)
-    encoder, tokenizer, mel = load_encoder(source).eval(), load_decoder(source).tokenizer, log_mel_spectrogram(noise(WINDOW)[None])
+    encoder, tokenizer, mel = (load_encoder(source).eval(), load_decoder(source).tokenizer,
+                               log_mel_spectrogram(noise(WINDOW)[None]))
     with torch.no_grad():
         heard = encoder(mel), torch.tensor([1500])
     prompt = tokenizer.transcription("nl" if tokenizer.multilingual else "en")
@@ -653,7 +679,8 @@ def test_whispers_states_of_a_clip_depend_on_nothing_beside_it(talking_whisper):
     assert_close(decoder.answer_states(audio, lengths, prompts, answers), together, 1e-6)
     for i, states in enumerate(together.split([3, 1, 2])):
         n = lengths[i : i + 1]
-        alone = decoder.answer_states(audio[i : i + 1, :n], n, prompts[i : i + 1], answers[i : i + 1])
+        alone = decoder.answer_states(audio[i : i + 1, :n], n, prompts[i : i + 1],
+                                      answers[i : i + 1])
         assert_close(states, alone, 1e-5)
 
 
@@ -673,7 +700,8 @@ def test_gradients_pass_through_whispers_frozen_decoder(talking_whisper, recompu
 def test_a_decoder_computes_in_its_own_dtype_until_it_trains(kind, request):
     exact = load_decoder(folder := request.getfixturevalue(kind)[0])
     audio, lengths = 0.1 * torch.randn(1, 6, exact.width), torch.tensor([6])
-    for dtype, trains, expected in ((torch.float32, False, torch.float32), (torch.bfloat16, False, torch.bfloat16),
+    for dtype, trains, expected in ((torch.float32, False, torch.float32),
+                                    (torch.bfloat16, False, torch.bfloat16),
                                     (torch.float32, True, torch.bfloat16)):
         decoder = load_decoder(folder, dtype).requires_grad_(trains)
         assert {p.dtype for p in decoder.parameters()} == {dtype}
@@ -681,14 +709,17 @@ def test_a_decoder_computes_in_its_own_dtype_until_it_trains(kind, request):
             states = decoder.answer_states(audio, lengths, [[5, 6]], [[20, 21, 22]])
             assert decoder.unembed(states).dtype == expected
             decoder.generate(audio, lengths, [[5, 6]], 3)
-        assert_close(states.float(), exact.answer_states(audio, lengths, [[5, 6]], [[20, 21, 22]]), 0.05)
+        assert_close(states.float(),
+                     exact.answer_states(audio, lengths, [[5, 6]], [[20, 21, 22]]), 0.05)
 
 
 def test_whispers_prompts_and_answers(talking_whisper, english_whisper):
-    t, english = (load_decoder(folder).tokenizer for folder, _ in (talking_whisper, english_whisper))
+    t, english = (load_decoder(folder).tokenizer
+                  for folder, _ in (talking_whisper, english_whisper))
     spell = lambda ids: t.tokenizer.decode(ids, skip_special_tokens=False)
     assert list(t.languages) == ["en", "nl", "el"]
-    assert spell(t.transcription("nl")) == "<|startoftranscript|><|nl|><|transcribe|><|notimestamps|>"
+    assert (spell(t.transcription("nl"))
+            == "<|startoftranscript|><|nl|><|transcribe|><|notimestamps|>")
     assert t.transcription("Dutch") == t.transcription("nl")
     with pytest.raises(ValueError, match="language is 'ht'; this Whisper knows en, nl, el"):
         t.transcription("Haitian Creole")
@@ -701,7 +732,8 @@ def test_whispers_prompts_and_answers(talking_whisper, english_whisper):
 
 
 def test_too_many_tokens_for_whispers_positions_are_one_line(talking_whisper):
-    decoder, audio, lengths = load_decoder(talking_whisper[0]), torch.randn(1, 2, 48), torch.tensor([2])
+    decoder, audio, lengths = (load_decoder(talking_whisper[0]), torch.randn(1, 2, 48),
+                               torch.tensor([2]))
     decoder.answer_states(audio, lengths, [[5] * 400], [[6] * 49])
     decoder.generate(audio, lengths, [[5] * 446], 2)
     for call, answer in ((decoder.answer_states, [[6] * 50]), (decoder.generate, 49)):
@@ -739,11 +771,14 @@ def test_qwen3s_tokenizer_gets_an_empty_thought(tmp_path):
 
 
 def chats(model, theirs, batch):
-    """Each row by itself, its embeddings joined by hand: prompt, audio, tail, answer -> (1, L, D)."""
+    """Each row by itself, its embeddings joined by hand: prompt, audio, tail,
+    answer -> (1, L, D)."""
     embed = lambda ids: theirs.get_input_embeddings()(torch.tensor([ids], dtype=torch.long))
-    for audio, samples, prompt, answer in zip(batch.audio, batch.samples, batch.prompts, batch.answers):
+    for audio, samples, prompt, answer in zip(batch.audio, batch.samples, batch.prompts,
+                                              batch.answers):
         spoken = model.adapter(model.encoder.encode(audio[None, :samples], samples[None])[0])
-        yield torch.cat((embed(prompt), spoken, embed(model.decoder.tokenizer.tail), embed(answer)), 1)
+        yield torch.cat((embed(prompt), spoken, embed(model.decoder.tokenizer.tail),
+                         embed(answer)), 1)
 
 
 def straightforward_losses(model, theirs, batch):
@@ -793,7 +828,8 @@ def test_head_sees_exactly_the_positions_that_predict_the_answers(model, qwen, m
     expected = []
     for embeds, answer in zip(chats(model, qwen[1], batch), batch.answers):
         last = qwen[1](inputs_embeds=embeds, output_hidden_states=True).hidden_states[-1][0]
-        expected.append(last[-len(answer) - 1 : -1])  # from the prompt's last token to the answer's last word
+        # from the prompt's last token to the answer's last word
+        expected.append(last[-len(answer) - 1 : -1])
     assert_close(states, torch.cat(expected))
 
 
@@ -818,7 +854,8 @@ def test_recomputed_activations_change_no_gradient(model):
     model.zero_grad()
     model.encoder.checkpoint_layers = model.decoder.checkpoint_layers = True
     model(batch).sum().backward()
-    assert all(torch.equal(p.grad, kept[n]) for n, p in model.named_parameters() if p.grad is not None)
+    assert all(torch.equal(p.grad, kept[n])
+               for n, p in model.named_parameters() if p.grad is not None)
 
 
 class Shapes(TorchDispatchMode):
@@ -855,10 +892,13 @@ def test_joint_generation_equals_transformers_and_does_not_depend_on_the_batch(m
     batch = batch_of(model)
     texts = model.generate(batch.audio, batch.samples, batch.questions, 10)
     alone = zip(batch.audio, batch.samples, batch.questions)
-    assert [model.generate(audio[None, :n], n[None], [question], 10)[0] for audio, n, question in alone] == texts
+    assert [model.generate(audio[None, :n], n[None], [question], 10)[0]
+            for audio, n, question in alone] == texts
     batch.answers = [[], [], []]
-    how = dict(max_new_tokens=10, do_sample=False, eos_token_id=sorted(model.decoder.tokenizer.stop), pad_token_id=0)
-    theirs = [qwen[1].generate(inputs_embeds=embeds, **how)[0] for embeds in chats(model, qwen[1], batch)]
+    how = dict(max_new_tokens=10, do_sample=False,
+               eos_token_id=sorted(model.decoder.tokenizer.stop), pad_token_id=0)
+    theirs = [qwen[1].generate(inputs_embeds=embeds, **how)[0]
+              for embeds in chats(model, qwen[1], batch)]
     assert [model.decoder.tokenizer.decode(ids.tolist()) for ids in theirs] == texts
 
 
@@ -874,8 +914,10 @@ def test_strict_loading_names_missing_unexpected_and_misshaped_together(whisper,
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(ValueError) as e:
         WhisperEncoder.from_pretrained(tmp_path)
-    for says in ('Missing key(s) in state_dict: "conv1.bias"', 'Unexpected key(s) in state_dict: "novel.weight"',
-                 "size mismatch for conv2.bias: copying a param with shape torch.Size([7]) from checkpoint"):
+    for says in ('Missing key(s) in state_dict: "conv1.bias"',
+                 'Unexpected key(s) in state_dict: "novel.weight"',
+                 "size mismatch for conv2.bias: copying a param with shape torch.Size([7]) "
+                 "from checkpoint"):
         assert_one_line(e, str(tmp_path), says)
 
 
@@ -918,33 +960,41 @@ BAD_FOLDERS = {  # what is done to a good folder, and what the one line must nam
     "another architecture": (edit_config(model_type="llama"), "model_type is 'llama'"),
     "config lacks a size": (remove_key("hidden_size"), "config.json: hidden_size is 'missing'"),
     "yarn positions": (edit_config(rope_parameters={"rope_type": "yarn"}), "rope_type is 'yarn'"),
-    "yarn, older place": (edit_config(rope_parameters=None, rope_scaling={"type": "yarn"}), "type is 'yarn'"),
+    "yarn, older place": (edit_config(rope_parameters=None, rope_scaling={"type": "yarn"}),
+                          "type is 'yarn'"),
     "sliding window": (edit_config(use_sliding_window=True), "use_sliding_window"),
     "other width": (edit_config(hidden_size=60), "size mismatch for embed_tokens.weight"),
-    "a size is text": (edit_config(hidden_size="56"), "hidden_size is '56'; need a whole number above 0"),
+    "a size is text": (edit_config(hidden_size="56"),
+                       "hidden_size is '56'; need a whole number above 0"),
     "a size is null": (edit_config(num_key_value_heads=None),
                        "num_key_value_heads is None; need a whole number above 0"),
     "rope is text": (edit_config(rope_parameters="x"), "rope_parameters is 'x'; need an object"),
-    "index is a list": (write("model.safetensors.index.json", '{"weight_map": []}'), "weight_map is no object"),
+    "index is a list": (write("model.safetensors.index.json", '{"weight_map": []}'),
+                        "weight_map is no object"),
     "missing shard": (remove("model-00002*"), "model-00002"),
-    "index is not JSON": (write("model.safetensors.index.json", "{"), "model.safetensors.index.json"),
+    "index is not JSON": (write("model.safetensors.index.json", "{"),
+                          "model.safetensors.index.json"),
     "no weights": (remove("*.index.json"), "model.safetensors"),
     "damaged weights": (cut_weights, "is damaged"),
     "no tokenizer": (remove("tokenizer.json"), "tokenizer.json is missing"),
     "damaged tokenizer": (write("tokenizer.json", "{"), "tokenizer.json"),
     "no chat tokens": (tokenizer_of(), "lacks the token <|im_start|>"),
-    "too many tokens": (tokenizer_of("<|im_start|>", "<|im_end|>", *map(str, range(300))), "vocab_size is 521; need more than"),
+    "too many tokens": (tokenizer_of("<|im_start|>", "<|im_end|>", *map(str, range(300))),
+                        "vocab_size is 521; need more than"),
 }
 
 
 BAD_WHISPERS = {
-    "suppressed": (lambda folder: (folder / "generation_config.json").write_text('{"suppress_tokens": [1, "a"]}'),
+    "suppressed": (lambda folder: (folder / "generation_config.json").write_text(
+                       '{"suppress_tokens": [1, "a"]}'),
                    "generation_config.json: suppress_tokens is [1, 'a']; need a list of ids"),
     "lacks a token": (tokenizer_of("<|translate|>"), "lacks the token <|startoftranscript|>"),
     "scaled embeddings": (edit_config(scale_embedding=True), "scale_embedding is True"),
-    "another activation": (edit_config(activation_function="relu"), "activation_function is 'relu'"),
+    "another activation": (edit_config(activation_function="relu"),
+                           "activation_function is 'relu'"),
     "no decoder's size": (remove_key("decoder_layers"), "decoder_layers is 'missing'"),
-    "heads": (edit_config(decoder_attention_heads=5), "d_model is 48; need a multiple of the heads"),
+    "heads": (edit_config(decoder_attention_heads=5),
+              "d_model is 48; need a multiple of the heads"),
     "fewer layers": (edit_config(decoder_layers=1), 'Unexpected key(s) in state_dict: "layers.1.'),
     "small vocabulary": (edit_config(vocab_size=90), "vocab_size is 90; need more than"),
 }
@@ -980,12 +1030,14 @@ def test_bad_decoder_folder_gives_one_clear_line(fault, whisper, sharded_qwen, t
 
 @pytest.mark.parametrize("carried", [
     dict(truncation=dict(direction="Right", max_length=4, strategy="LongestFirst", stride=0)),
-    dict(padding=dict(strategy={"Fixed": 40}, direction="Left", pad_to_multiple_of=None, pad_id=0, pad_type_id=0,
-                      pad_token="<|endoftext|>")),
-    dict(post_processor=dict(type="TemplateProcessing", pair=[{"Sequence": {"id": "A", "type_id": 0}}],
+    dict(padding=dict(strategy={"Fixed": 40}, direction="Left", pad_to_multiple_of=None, pad_id=0,
+                      pad_type_id=0, pad_token="<|endoftext|>")),
+    dict(post_processor=dict(type="TemplateProcessing",
+                             pair=[{"Sequence": {"id": "A", "type_id": 0}}],
                              single=[{"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}},
                                      {"Sequence": {"id": "A", "type_id": 0}}],
-                             special_tokens={"<|endoftext|>": dict(id="<|endoftext|>", ids=[0], tokens=["<|endoftext|>"])})),
+                             special_tokens={"<|endoftext|>": dict(id="<|endoftext|>", ids=[0],
+                                                                   tokens=["<|endoftext|>"])})),
     dict(model=dict(dropout=0.9)),
 ])
 def test_what_a_saved_tokenizer_carries_along_changes_no_ids(qwen, tmp_path, carried):
@@ -1025,7 +1077,8 @@ def test_weights_with_a_foreign_prefix_show_the_names_that_are_there(whisper, qw
     for folder, load in ((whisper[0], load_encoder), (qwen[0], load_decoder)):
         shutil.copytree(folder, tmp_path / load.__name__)
         tensors = load_file(Path(folder) / "model.safetensors")
-        save_file({"_orig_mod." + k: v for k, v in tensors.items()}, tmp_path / load.__name__ / "model.safetensors")
+        save_file({"_orig_mod." + k: v for k, v in tensors.items()},
+                  tmp_path / load.__name__ / "model.safetensors")
         with pytest.raises(ValueError) as e:
             load(tmp_path / load.__name__)
         assert_one_line(e, str(tmp_path), "_orig_mod.")
@@ -1060,8 +1113,10 @@ def test_a_qwen_folder_is_refused_as_an_encoder(qwen):
         WhisperEncoder.from_pretrained(qwen[0])
 
 
-@pytest.mark.parametrize("kind, has_source", [("whisper", False), ("whisper", True), ("whisper128", True)])
-def test_saved_encoder_loads_in_transformers_with_equal_features(kind, has_source, request, tmp_path):
+@pytest.mark.parametrize("kind, has_source",
+                         [("whisper", False), ("whisper", True), ("whisper128", True)])
+def test_saved_encoder_loads_in_transformers_with_equal_features(kind, has_source, request,
+                                                                 tmp_path):
     folder, original = request.getfixturevalue(kind)
     encoder = WhisperEncoder.from_pretrained(folder).eval()
     encoder.config["dtype"] = "float16"  # so transformers 5 saves half precision
@@ -1126,7 +1181,8 @@ def test_load_run_takes_the_newest_whole_checkpoint(run, model):
 
 def test_load_run_refuses_an_adapter_of_another_stack(run):
     edit_config(stack=2)(run)
-    with pytest.raises(ValueError, match=r"adapter: weights do not fit: .*size mismatch for fc1.weight"):
+    with pytest.raises(ValueError,
+                       match=r"adapter: weights do not fit: .*size mismatch for fc1.weight"):
         load_run(run)
 
 
@@ -1143,19 +1199,22 @@ def test_a_damaged_run_is_one_line(run, text, monkeypatch, tmp_path):
 def test_encode_writes_the_features_of_each_clip(whisper, tmp_path, monkeypatch, capsys):
     a = write_clip(tmp_path / "a.wav", tone(1.0))
     b = write_clip(tmp_path / "b.flac", np.stack((tone(0.3, rate=44_100),) * 2, 1), 44_100)
-    command(monkeypatch, "encode", a, b, a, "--encoder", whisper[0], "--out", tmp_path / "f.safetensors")
+    command(monkeypatch, "encode", a, b, a, "--encoder", whisper[0],
+            "--out", tmp_path / "f.safetensors")
     features = load_file(tmp_path / "f.safetensors")
     assert {k: tuple(v.shape) for k, v in features.items()} == {str(a): (50, 48), str(b): (15, 48)}
     assert capsys.readouterr().out.splitlines() == [f"{a}: (50, 48)", f"{b}: (15, 48)"]
     audio = torch.from_numpy(tone(1.0))
-    expected = WhisperEncoder.from_pretrained(whisper[0]).encode(audio[None], torch.tensor([RATE]))[0][0]
+    expected = WhisperEncoder.from_pretrained(whisper[0]).encode(
+        audio[None], torch.tensor([RATE]))[0][0]
     assert_close(features[str(a)], expected.detach(), 1e-3)  # 16 bits in the file
 
 
 def test_encode_takes_clap(clap, tmp_path, monkeypatch):
     a = write_clip(tmp_path / "a.wav", tone(1.0))  # at 16 kHz
     for more, shape in (([], (3, 64)), (["--pool"], (64,))):
-        command(monkeypatch, "encode", a, "--encoder", clap[0], "--out", tmp_path / "f.safetensors", *more)
+        command(monkeypatch, "encode", a, "--encoder", clap[0],
+                "--out", tmp_path / "f.safetensors", *more)
         features = load_file(tmp_path / "f.safetensors")[str(a)]
         assert features.shape == shape
         expected = load_encoder(clap[0]).encode(read_audio(a, CLAP_RATE))[0][0].detach()
@@ -1166,7 +1225,8 @@ def test_features_that_cannot_be_written_are_one_line(whisper, tmp_path, monkeyp
     clip = write_clip(tmp_path / "a.wav")
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit) as e:
-        command(monkeypatch, "encode", clip, "--encoder", whisper[0], "--out", tmp_path / "file/f.safetensors")
+        command(monkeypatch, "encode", clip, "--encoder", whisper[0],
+                "--out", tmp_path / "file/f.safetensors")
     assert_one_line(e, "error: ")
 
 
@@ -1199,35 +1259,43 @@ def test_encode_refuses_two_clips_of_one_name(whisper, tmp_path, monkeypatch):
     assert_one_line(e, f"error: {manifests[1]}: a.wav is also a clip of {tmp_path}/one")
 
 
-@pytest.mark.parametrize("words", ["encode {clip} --encoder {whisper} --out {clip}",
-                                   "encode {clip} --encoder {whisper} --out {whisper}/model.safetensors",
-                                   "encode {clip} --encoder {whisper} --out {folder}/../{folder.name}/a.wav",
-                                   "export --run {run} {run}", "export --run {run} {whisper}",
-                                   "export --run {run} {run}/checkpoints/step-00000002/encoder"])
+@pytest.mark.parametrize("words", [
+    "encode {clip} --encoder {whisper} --out {clip}",
+    "encode {clip} --encoder {whisper} --out {whisper}/model.safetensors",
+    "encode {clip} --encoder {whisper} --out {folder}/../{folder.name}/a.wav",
+    "export --run {run} {run}", "export --run {run} {whisper}",
+    "export --run {run} {run}/checkpoints/step-00000002/encoder",
+])
 def test_a_command_does_not_overwrite_what_it_reads(run, whisper, tmp_path, monkeypatch, words):
     clip = write_clip(tmp_path / "a.wav")
-    before = {p: p.read_bytes() for p in [*tmp_path.rglob("*"), *whisper[0].rglob("*")] if p.is_file()}
+    before = {p: p.read_bytes() for p in [*tmp_path.rglob("*"), *whisper[0].rglob("*")]
+              if p.is_file()}
     with pytest.raises(SystemExit) as e:
-        command(monkeypatch, *words.format(clip=clip, whisper=whisper[0], run=run, folder=tmp_path).split())
+        command(monkeypatch, *words.format(clip=clip, whisper=whisper[0], run=run,
+                                           folder=tmp_path).split())
     assert_one_line(e, "error: ", "write to another place")
-    assert before == {p: p.read_bytes() for p in [*tmp_path.rglob("*"), *whisper[0].rglob("*")] if p.is_file()}
+    assert before == {p: p.read_bytes() for p in [*tmp_path.rglob("*"), *whisper[0].rglob("*")]
+                      if p.is_file()}
 
 
 def test_ask_prints_the_answer(run, tmp_path, monkeypatch, capsys):
     clip = write_clip(tmp_path / "a.wav", noise(RATE).numpy(), subtype="FLOAT")
     command(monkeypatch, "ask", clip, "Who speaks?", "--run", run, "--max-new-tokens", 7)
-    assert capsys.readouterr().out == load_run(run).generate(noise(RATE)[None], torch.tensor([RATE]), ["Who speaks?"], 7)[0] + "\n"
+    assert capsys.readouterr().out == load_run(run).generate(
+        noise(RATE)[None], torch.tensor([RATE]), ["Who speaks?"], 7)[0] + "\n"
 
 
 def test_a_repetition_is_known_by_its_last_32_tokens():
     assert uniwhisper.repeated([1, 2, 3] + [7] * 32) == 1 and not uniwhisper.repeated([7] * 31)
     assert uniwhisper.repeated([5, 6] * 16) == 2 and not uniwhisper.repeated([5, 6] * 15 + [5, 7])
-    assert uniwhisper.repeated(list(range(8)) * 4) == 8 and not uniwhisper.repeated(list(range(9)) * 4)
+    assert (uniwhisper.repeated(list(range(8)) * 4) == 8
+            and not uniwhisper.repeated(list(range(9)) * 4))
 
 
 def test_languages_are_detected_as_the_most_probable(talking_whisper, english_whisper):
     decoder, (_, theirs) = load_decoder(talking_whisper[0]), talking_whisper
-    audio, lengths = torch.randn(8, 5, 48, generator=torch.Generator().manual_seed(0)), torch.full((8,), 5)
+    audio, lengths = (torch.randn(8, 5, 48, generator=torch.Generator().manual_seed(0)),
+                      torch.full((8,), 5))
     found, t = decoder.detect_languages(audio, lengths), decoder.tokenizer
     for clip, language in zip(audio, found):
         logits = their_logits(theirs, clip, 5, [t.start])[0]
@@ -1238,13 +1306,15 @@ def test_languages_are_detected_as_the_most_probable(talking_whisper, english_wh
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """Whisper's decoder says what it is told, a text a window; notes each batch's prompts and audio tokens."""
+    """Whisper's decoder says what it is told, a text a window; notes each batch's prompts and
+    audio tokens."""
     texts, heard = [], []
 
     def greedy(self, read, embeds, chats, max_new_tokens, transcript=False):
         assert transcript and max_new_tokens == 448 - len(chats[0])
         (audio_keys, mask), answers = read.args[0], []
-        lengths = [audio_keys[0][0].shape[2]] * len(chats) if mask is None else mask.sum((1, 2, 3)).tolist()
+        lengths = ([audio_keys[0][0].shape[2]] * len(chats) if mask is None
+                   else mask.sum((1, 2, 3)).tolist())
         heard.append(list(zip(chats, lengths)))
         for _ in chats:
             answers.append([])
@@ -1262,13 +1332,14 @@ def scripted(monkeypatch):
     ("30s", [[1500, 1500], [1500, 1500]]),
     ("clip", [[100, 1500], [100, 1500]]),
 ])
-def test_transcribe_says_each_window_in_the_language_given(talking_whisper, tmp_path, monkeypatch, capsys, scripted,
-                                                           context, lengths):
+def test_transcribe_says_each_window_in_the_language_given(talking_whisper, tmp_path, monkeypatch,
+                                                           capsys, scripted, context, lengths):
     texts, heard = scripted
     texts += ["kort", "een hond", "blaft", "en een kat"]  # first windows first, short ones first
-    long, short = write_clip(tmp_path / "long.wav", tone(62)), write_clip(tmp_path / "short.wav", tone(2))
-    command(monkeypatch, "transcribe", long, short, "--encoder", talking_whisper[0], "--language", "nl",
-            "--context", context)
+    long, short = (write_clip(tmp_path / "long.wav", tone(62)),
+                   write_clip(tmp_path / "short.wav", tone(2)))
+    command(monkeypatch, "transcribe", long, short, "--encoder", talking_whisper[0],
+            "--language", "nl", "--context", context)
     said = capsys.readouterr()
     assert said.out == f"{long}: een hond en een kat blaft\n{short}: kort\n" and not said.err
     prompt = load_decoder(talking_whisper[0]).tokenizer.transcription("nl")
@@ -1279,7 +1350,8 @@ def test_transcribe_says_each_window_in_the_language_given(talking_whisper, tmp_
 def test_a_batch_changes_no_transcript(talking_whisper, monkeypatch, context):
     encoder, decoder = load_encoder(talking_whisper[0]).eval(), load_decoder(talking_whisper[0])
     decoder.window = 24
-    monkeypatch.setattr(decoder.tokenizer, "decode", str)  # random weights say few letters, but many ids
+    # random weights say few letters, but many ids
+    monkeypatch.setattr(decoder.tokenizer, "decode", str)
     monkeypatch.setattr(uniwhisper, "WINDOWS", 3)
     clips = [noise(n, seed=n) for n in (9_000, WINDOW + 7_000, 500, 31_000)]
     languages = ["nl", "", "", "el"]
@@ -1294,21 +1366,25 @@ def test_a_batch_changes_no_transcript(talking_whisper, monkeypatch, context):
     assert found[0] == "nl" and found[1] in decoder.tokenizer.languages and found[3] == "el"
 
 
-def test_transcribe_keeps_the_order_of_its_arguments(talking_whisper, tmp_path, monkeypatch, capsys):
-    paths = [write_clip(tmp_path / f"{n}.wav", tone(seconds)) for n, seconds in enumerate((0.3, 0.1, 0.4, 0.2))]
+def test_transcribe_keeps_the_order_of_its_arguments(talking_whisper, tmp_path, monkeypatch,
+                                                     capsys):
+    paths = [write_clip(tmp_path / f"{n}.wav", tone(seconds))
+             for n, seconds in enumerate((0.3, 0.1, 0.4, 0.2))]
     (gone := tmp_path / "gone.wav").write_text("no sound")
     monkeypatch.setattr(uniwhisper, "WINDOWS", 2)
     monkeypatch.setattr(uniwhisper, "transcribe_clips", lambda encoder, decoder, clips, *_: (
         [str(len(clip)) for clip in clips], clips, [[]] * len(clips)))
     with pytest.raises(SystemExit) as e:
-        command(monkeypatch, "transcribe", paths[0], gone, *paths[1:], paths[0], "--encoder", talking_whisper[0])
+        command(monkeypatch, "transcribe", paths[0], gone, *paths[1:], paths[0],
+                "--encoder", talking_whisper[0])
     assert_one_line(e, f"error: skipped: {gone}")
     samples = [4800, 1600, 6400, 3200, 4800]
     lines = [f"{path}: {n}" for path, n in zip([*paths, paths[0]], samples)]
     assert capsys.readouterr().out.splitlines() == lines
 
 
-def test_transcribe_stops_a_repetition_and_says_so(talking_whisper, tmp_path, monkeypatch, capsys, scripted):
+def test_transcribe_stops_a_repetition_and_says_so(talking_whisper, tmp_path, monkeypatch, capsys,
+                                                   scripted):
     scripted[0].append("which dog" + " barks barks again" * 40)
     clip = write_clip(tmp_path / "a.wav")
     command(monkeypatch, "transcribe", clip, "--encoder", talking_whisper[0], "--language", "en")
@@ -1320,7 +1396,8 @@ def test_transcribe_stops_a_repetition_and_says_so(talking_whisper, tmp_path, mo
 
 def test_greedy_answers_stop_at_a_repetition(talking_whisper, monkeypatch):
     decoder = load_decoder(talking_whisper[0])
-    monkeypatch.setattr(decoder, "unembed", lambda states: F.one_hot(torch.full(states.shape[:1], 9), 60000).float())
+    monkeypatch.setattr(decoder, "unembed", lambda states: F.one_hot(
+        torch.full(states.shape[:1], 9), 60000).float())
     audio, lengths = torch.randn(2, 5, 48), torch.tensor([5, 4])
     assert decoder.generate(audio, lengths, [[1]] * 2, 50) == [[9] * 50] * 2
     assert decoder.generate(audio, lengths, [[1]] * 2, 50, transcript=True) == [[9] * 32] * 2
@@ -1351,17 +1428,21 @@ def test_transcribe_equals_transformers(english_whisper, tmp_path, monkeypatch, 
     ("whisper", "", "tokenizer.json is missing"),
     ("talking_whisper", "en", "skipped: "),
 ])
-def test_what_transcribe_cannot_do_is_one_line(kind, language, says, request, tmp_path, monkeypatch):
+def test_what_transcribe_cannot_do_is_one_line(kind, language, says, request, tmp_path,
+                                               monkeypatch):
     clip = tmp_path / "a.wav"
     clip.write_text("no sound")
     with pytest.raises(SystemExit) as e:
-        command(monkeypatch, "transcribe", clip, "--encoder", request.getfixturevalue(kind)[0], "--language", language)
+        command(monkeypatch, "transcribe", clip, "--encoder", request.getfixturevalue(kind)[0],
+                "--language", language)
     assert_one_line(e, "error: ", says)
 
 
 @pytest.mark.parametrize("blend", [1, 0.5])
-@pytest.mark.parametrize("kind, stack", [("talking_whisper", 0), ("talking_whisper", 4), ("qwen", 4)])
-def test_export_of_a_trained_decoder(kind, stack, blend, run, talking_whisper, request, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind, stack",
+                         [("talking_whisper", 0), ("talking_whisper", 4), ("qwen", 4)])
+def test_export_of_a_trained_decoder(kind, stack, blend, run, talking_whisper, request, tmp_path,
+                                     monkeypatch):
     decoder, out = load_decoder(source := request.getfixturevalue(kind)[0]), tmp_path / "out"
     with torch.no_grad():
         decoder.layers[0].self_attn.q_proj.weight.mul_(3.0)
@@ -1386,7 +1467,8 @@ def test_export_writes_the_newest_encoder_or_a_blend(run, whisper, tmp_path, mon
     theirs = transformers.WhisperModel.from_pretrained(tmp_path / "out")
     start = whisper[1].encoder.layers[0].fc1.weight
     share = 1 if blend is None else blend
-    assert torch.allclose(theirs.encoder.layers[0].fc1.weight, start * (1 + share * (1.2**2 - 1)), atol=1e-6)
+    assert torch.allclose(theirs.encoder.layers[0].fc1.weight,
+                          start * (1 + share * (1.2**2 - 1)), atol=1e-6)
     assert torch.equal(theirs.decoder.layers[0].fc1.weight, whisper[1].decoder.layers[0].fc1.weight)
 
 
@@ -1396,7 +1478,8 @@ def test_export_writes_a_model_card_with_the_runs_own_scores(run, whisper, tmp_p
     command(monkeypatch, "export", "--run", run, tmp_path / "a")
     card = (tmp_path / "a/README.md").read_text()
     front, _, text = card.removeprefix("---\n").partition("---\n")
-    assert "license: apache-2.0" in front.splitlines() and "pipeline_tag: feature-extraction" in front
+    assert ("license: apache-2.0" in front.splitlines()
+            and "pipeline_tag: feature-extraction" in front)
     assert "\n2 updates on 0.4 hours" in text and "| drum | 326 |" in text and "None yet" in text
     assert "every\n20 ms" in text
     scores = {"tasks": {"drum": {"metric": "accuracy", "knn": 0.61811, "mlp": None}}}
@@ -1408,8 +1491,10 @@ def test_export_writes_a_model_card_with_the_runs_own_scores(run, whisper, tmp_p
 def test_command_line_tells_what_is_wrong_in_one_line(whisper, tmp_path):
     script = Path(uniwhisper.__file__)
     (tmp_path / "a.wav").write_text("no sound")
-    words = ["encode", tmp_path / "a.wav", "--encoder", whisper[0], "--out", tmp_path / "f.safetensors"]
+    words = ["encode", tmp_path / "a.wav", "--encoder", whisper[0],
+             "--out", tmp_path / "f.safetensors"]
     done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True)
     assert done.returncode == 1 and not (tmp_path / "f.safetensors").exists()
-    assert done.stderr.startswith("error: skipped: ") and "a.wav: not readable as audio" in done.stderr
+    assert (done.stderr.startswith("error: skipped: ")
+            and "a.wav: not readable as audio" in done.stderr)
     assert done.stderr.count("\n") == 1

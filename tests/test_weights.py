@@ -1,4 +1,5 @@
-"""weights/: the tiny pair is small, loads in transformers and has learnt its text; the clips are seeded and valid."""
+"""weights/: the tiny pair is small, loads in transformers and has learnt its text;
+the clips are seeded and valid."""
 import json
 import math
 from pathlib import Path
@@ -18,7 +19,8 @@ PROSE = ["The function returns a list of the names of the files in the given dir
 @pytest.fixture(scope="module")
 def decoder():
     transformers = pytest.importorskip("transformers")
-    model = transformers.AutoModelForCausalLM.from_pretrained(TINY / "decoder", dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(TINY / "decoder",
+                                                              dtype=torch.float32).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(TINY / "decoder")
     return model, tokenizer
 
@@ -38,9 +40,11 @@ def test_encoder_loads_in_transformers():
     transformers = pytest.importorskip("transformers")
     model, report = transformers.WhisperModel.from_pretrained(TINY / "encoder", dtype=torch.float32,
                                                               output_loading_info=True)
-    assert not [k for k in report["missing_keys"] if k.startswith("encoder.")] and not report["unexpected_keys"]
+    assert (not [k for k in report["missing_keys"] if k.startswith("encoder.")]
+            and not report["unexpected_keys"])
     extractor = transformers.WhisperFeatureExtractor.from_pretrained(TINY / "encoder")
-    mel = extractor(np.random.default_rng(0).standard_normal(16000), sampling_rate=16000, return_tensors="pt")
+    mel = extractor(np.random.default_rng(0).standard_normal(16000), sampling_rate=16000,
+                    return_tensors="pt")
     out = model.encoder(mel.input_features).last_hidden_state
     assert out.shape == (1, 1500, model.config.d_model) and out.isfinite().all()
     positions = model.encoder.embed_positions.weight
@@ -54,7 +58,8 @@ def test_decoder_has_learnt_prose(decoder):
     for text in PROSE:
         ids = tokenizer(text, return_tensors="pt").input_ids
         losses.append(model(ids, labels=ids).loss.item())
-    assert np.mean(losses) < math.log(model.config.vocab_size) - 2.5  # nats per token, against uniform guessing
+    # nats per token, against uniform guessing
+    assert np.mean(losses) < math.log(model.config.vocab_size) - 2.5
 
 
 @pytest.mark.parametrize("description, question, answer", [
@@ -72,7 +77,8 @@ def test_decoder_answers_from_the_description(decoder, description, question, an
     model, tokenizer = decoder
     prompt = f"<|im_start|>user\n{question}\n{description}<|im_end|>\n<|im_start|>assistant\n"
     ids = tokenizer(prompt, return_tensors="pt").input_ids
-    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False)
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=12,
+                         do_sample=False)
     assert tokenizer.decode(out[0, ids.shape[1]:]) == answer + "<|im_end|>"
 
 
@@ -91,10 +97,12 @@ def test_clips_have_valid_rows(clips):
         domain, questions, answers = TASKS[task]
         assert [r["split"] for r in rows] == ["train"] * 12 + ["valid"] * 4 + ["test"] * 8
         for row in rows:
-            assert row["task"] == task and row["domain"] == domain and row["instruction"] in questions
+            assert (row["task"] == task and row["domain"] == domain
+                    and row["instruction"] in questions)
             assert row["answer"] == row["label"] and row["label"] in answers
             audio, rate = soundfile.read(folder / row["audio"], dtype="float32")
-            assert rate == 16000 and audio.ndim == 1 and abs(len(audio) / rate - row["seconds"]) < 1e-3
+            assert (rate == 16000 and audio.ndim == 1
+                    and abs(len(audio) / rate - row["seconds"]) < 1e-3)
             assert 0.2 < row["seconds"] < 1.3 and 0.01 < np.abs(audio).max() < 0.5
 
 
@@ -107,4 +115,5 @@ def test_clips_depend_on_the_seed_alone(clips, tmp_path):
     assert all((folder / f).read_bytes() == (tmp_path / "again" / f).read_bytes() for f in files)
     flacs = [f for f in files if f.suffix == ".flac"]
     assert all((folder / f).read_bytes() != (tmp_path / "other" / f).read_bytes() for f in flacs)
-    assert len({(folder / f).read_bytes() for f in flacs}) == len(flacs)  # no test clip is a training clip
+    # no test clip is a training clip
+    assert len({(folder / f).read_bytes() for f in flacs}) == len(flacs)
