@@ -1,7 +1,8 @@
 """Synthesised clips for the embedded example: small, seeded, three domains, held-out test clips.
 
-Every clip is made from random pitches, levels, lengths and noise, so a test clip is never a copy of a training clip.
-One clip serves the three tasks of its domain; each task has its own manifest (DESIGN.md section 3's rows).
+Every clip is made from random pitches, levels, lengths and noise, so a test clip is never a copy
+of a training clip. One clip serves the three tasks of its domain; each task has its own manifest
+(DESIGN.md section 3's rows).
 
     python weights/make_clips.py OUT [--seed 0] [--train 320 --valid 40 --test 60]
 """
@@ -16,9 +17,11 @@ import soundfile
 
 RATE = 16000
 
-# task -> (domain, wordings of the question, answers). weights/make_tiny.py teaches the tiny decoder these words too.
+# task -> (domain, wordings of the question, answers). weights/make_tiny.py teaches the tiny decoder
+# these words too.
 TASKS = {
-    "vowel": ("speech", ["Which vowel is spoken?", "What is the vowel?"], ["ah", "ee", "oo", "oh", "eh"]),
+    "vowel": ("speech", ["Which vowel is spoken?", "What is the vowel?"],
+              ["ah", "ee", "oo", "oh", "eh"]),
     "syllables": ("speech", ["How many syllables are there?", "Count the syllables."],
                   ["one syllable", "two syllables", "three syllables", "four syllables"]),
     "voice": ("speech", ["What kind of voice is it?", "Describe the voice."],
@@ -31,15 +34,18 @@ TASKS = {
                 ["once", "twice", "three times"]),
     "instrument": ("music", ["Which instrument is playing?", "Name the instrument."],
                    ["flute", "organ", "trumpet", "violin", "guitar", "marimba"]),
-    "melody": ("music", ["How does the melody move?", "Describe the melody."], ["rising", "falling", "level"]),
-    "note": ("music", ["Which note comes first?", "Name the first note."], ["C", "D", "E", "F", "G", "A", "B"]),
+    "melody": ("music", ["How does the melody move?", "Describe the melody."],
+               ["rising", "falling", "level"]),
+    "note": ("music", ["Which note comes first?", "Name the first note."],
+             ["C", "D", "E", "F", "G", "A", "B"]),
 }
 
 # First three formants of an adult voice in Hz (rounded from Peterson and Barney, 1952).
-FORMANTS = {"ah": (730, 1090, 2440), "ee": (270, 2290, 3010), "oo": (300, 870, 2240), "oh": (500, 840, 2500),
-            "eh": (530, 1840, 2480)}
+FORMANTS = {"ah": (730, 1090, 2440), "ee": (270, 2290, 3010), "oo": (300, 870, 2240),
+            "oh": (500, 840, 2500), "eh": (530, 1840, 2480)}
 SEMITONE = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11}
-C5 = 523.25  # Hz. assumption: the first note lies in this octave, where 80 mel bands still tell neighbours apart
+# Hz. assumption: the first note lies in this octave, where 80 mel bands still tell neighbours apart
+C5 = 523.25
 
 
 def seconds_axis(samples):
@@ -48,7 +54,8 @@ def seconds_axis(samples):
 
 def filtered(x, response):
     """x (S,) through a filter given by its gain at each frequency: response(hertz (N,)) -> (N,)."""
-    size = 2 ** (2 * len(x) - 1).bit_length()  # zero-padded: the filter's tail must not wrap to the clip's start
+    # zero-padded: the filter's tail must not wrap to the clip's start
+    size = 2 ** (2 * len(x) - 1).bit_length()
     hertz = np.fft.rfftfreq(size, 1 / RATE)
     return np.fft.irfft(np.fft.rfft(x, size) * response(hertz), size)[: len(x)]
 
@@ -65,14 +72,20 @@ def fade(samples, attack, release):
 
 
 def tone(hertz, partials):
-    """Sum of sinusoids. hertz (S,): the fundamental over time; partials: [(ratio, level or envelope (S,)), ...]."""
+    """Sum of sinusoids.
+
+    hertz (S,): the fundamental over time; partials: [(ratio, level or envelope (S,)), ...].
+    """
     phase = 2 * np.pi * np.cumsum(hertz) / RATE
     top = hertz.max()
-    return sum(level * np.sin(ratio * phase) for ratio, level in partials if ratio * top < 0.45 * RATE)
+    return sum(level * np.sin(ratio * phase)
+               for ratio, level in partials if ratio * top < 0.45 * RATE)
 
 
 def pulses(hertz):
-    """Pulse train (S,) at the frequency hertz (S,), each pulse shared by two samples so that its time is exact."""
+    """Pulse train (S,) at the frequency hertz (S,), each pulse shared by two samples so that its
+    time is exact.
+    """
     cycles = np.cumsum(hertz) / RATE
     at = np.interp(np.arange(1, int(cycles[-1]) + 1), cycles, np.arange(len(hertz)))
     out = np.zeros(len(hertz) + 1)
@@ -84,7 +97,10 @@ def pulses(hertz):
 # ---- speech: a formant synthesiser
 
 def vocal_tract(vowel, scale, tilt):
-    """Gain of one vowel's resonances. `scale` > 1: a shorter vocal tract; the source falls off above `tilt` Hz."""
+    """Gain of one vowel's resonances.
+
+    `scale` > 1: a shorter vocal tract; the source falls off above `tilt` Hz.
+    """
     def response(f):
         gain = 1 / (1 + (f / tilt) ** 2) ** 0.5 + 0j
         for formant, width in zip(FORMANTS[vowel] + (3500,), (70, 90, 140, 250)):
@@ -107,7 +123,8 @@ def make_speech(rng, labels):
         source = rng.standard_normal(samples) if voice == "a whisper" else pulses(pitch * bend)
         tilt = 4000 if voice == "a whisper" else 600  # breath noise is brighter than the voice
         sound = filtered(source, vocal_tract(vowel, scale, tilt)) * fade(samples, 0.03, 0.05)
-        parts += [sound / np.abs(sound).max() * rng.uniform(0.7, 1), np.zeros(int(RATE * rng.uniform(0.05, 0.09)))]
+        parts += [sound / np.abs(sound).max() * rng.uniform(0.7, 1),
+                  np.zeros(int(RATE * rng.uniform(0.05, 0.09)))]
     return np.concatenate(parts)
 
 
@@ -121,7 +138,8 @@ def rain(rng, n):
 def wind(rng, n):
     centre = rng.uniform(180, 400)
     gusts = 1 + 0.4 * np.sin(2 * np.pi * rng.uniform(1, 4) * seconds_axis(n) + rng.uniform(0, 6))
-    return filtered(rng.standard_normal(n), lambda f: band(centre * 0.8, centre * 1.2)(f) ** 2) * gusts
+    return filtered(rng.standard_normal(n),
+                    lambda f: band(centre * 0.8, centre * 1.2)(f) ** 2) * gusts
 
 
 def siren(rng, n):
@@ -132,12 +150,15 @@ def siren(rng, n):
 def bell(rng, n):
     t, hertz = seconds_axis(n), rng.uniform(500, 900)
     return tone(np.full(n, hertz), [(r, a * np.exp(-d * t)) for r, a, d in (
-        (0.5, 0.5, 3), (1, 1, 4), (1.2, 0.7, 5), (1.5, 0.5, 6), (2, 0.8, 6), (2.67, 0.5, 9), (3.01, 0.4, 10))])
+        (0.5, 0.5, 3), (1, 1, 4), (1.2, 0.7, 5), (1.5, 0.5, 6), (2, 0.8, 6), (2.67, 0.5, 9),
+        (3.01, 0.4, 10))])
 
 
 def engine(rng, n):
-    turns = rng.uniform(28, 55) * (1 + 0.05 * np.sin(2 * np.pi * rng.uniform(2, 5) * seconds_axis(n)))
-    return filtered(pulses(turns) * 6 + 0.15 * rng.standard_normal(n), band(50, rng.uniform(300, 600)))
+    turns = rng.uniform(28, 55) * (
+        1 + 0.05 * np.sin(2 * np.pi * rng.uniform(2, 5) * seconds_axis(n)))
+    return filtered(pulses(turns) * 6 + 0.15 * rng.standard_normal(n),
+                    band(50, rng.uniform(300, 600)))
 
 
 def clock(rng, n):
@@ -147,17 +168,20 @@ def clock(rng, n):
 
 def bird(rng, n):
     sweep = (seconds_axis(n) * rng.uniform(9, 16)) % 1
-    return tone(rng.uniform(2600, 3800) * (1 + rng.uniform(0.2, 0.5) * sweep), [(1, np.sin(np.pi * sweep) ** 2)])
+    return tone(rng.uniform(2600, 3800) * (1 + rng.uniform(0.2, 0.5) * sweep),
+                [(1, np.sin(np.pi * sweep) ** 2)])
 
 
 def horn(rng, n):
     hertz = rng.uniform(300, 420)
     partials = [(k, 1 / k**0.5) for k in range(1, 9)]
-    return tone(np.full(n, hertz), partials) + tone(np.full(n, hertz * 1.26), partials)  # two horns, a third apart
+    # two horns, a third apart
+    return tone(np.full(n, hertz), partials) + tone(np.full(n, hertz * 1.26), partials)
 
 
 def make_environment(rng, labels):
-    make = {f.__name__: f for f in (rain, wind, siren, bell, engine, clock, bird, horn)}[labels["sound"]]
+    make = {f.__name__: f
+            for f in (rain, wind, siren, bell, engine, clock, bird, horn)}[labels["sound"]]
     count = 1 + TASKS["repeats"][2].index(labels["repeats"])
     gap = rng.uniform(0.09, 0.14)
     each = int(RATE * (rng.uniform(0.8, 1.1) - gap * (count - 1)) / count)
@@ -181,14 +205,18 @@ def play(rng, instrument, hertz, n):
         breath = filtered(rng.standard_normal(n), band(hertz, 2.5 * hertz)) * 0.12
         return (tone(fixed, [(1, 1), (2, 0.15), (3, 0.04)]) + breath) * fade(n, 0.07, 0.05)
     if instrument == "organ":
-        return tone(fixed, [(0.5, 0.6), (1, 1), (2, 0.8), (4, 0.6), (8, 0.4)]) * fade(n, 0.008, 0.02)
+        return tone(fixed, [(0.5, 0.6), (1, 1), (2, 0.8), (4, 0.6), (8, 0.4)]
+                    ) * fade(n, 0.008, 0.02)
     if instrument == "trumpet":
-        return tone(fixed, [(k, 0.9 ** abs(k - 3) * rising ** (0.4 * k)) for k in range(1, 14)]) * fade(n, 0.02, 0.04)
+        return tone(fixed, [(k, 0.9 ** abs(k - 3) * rising ** (0.4 * k)) for k in range(1, 14)]
+                    ) * fade(n, 0.02, 0.04)
     if instrument == "violin":
         return tone(hertz * vibrato, [(k, 1 / k) for k in range(1, 14)]) * fade(n, 0.06, 0.05)
     if instrument == "guitar":
-        return tone(fixed, [(k, np.exp(-(3 + 2 * k) * t) / k) for k in range(1, 10)]) * fade(n, 0.002, 0.02)
-    return tone(fixed, [(1, np.exp(-9 * t)), (3.9, 0.5 * np.exp(-25 * t)), (9.2, 0.2 * np.exp(-50 * t))]
+        return tone(fixed, [(k, np.exp(-(3 + 2 * k) * t) / k) for k in range(1, 10)]
+                    ) * fade(n, 0.002, 0.02)
+    return tone(fixed, [(1, np.exp(-9 * t)), (3.9, 0.5 * np.exp(-25 * t)),
+                        (9.2, 0.2 * np.exp(-50 * t))]
                 ) * fade(n, 0.002, 0.02)  # marimba
 
 
@@ -199,7 +227,8 @@ def make_music(rng, labels):
     pitch, parts = SEMITONE[labels["note"]] + tune, []
     for _ in range(count):
         n = int(RATE * rng.uniform(0.65, 0.9) / count)
-        parts.append(play(rng, labels["instrument"], C5 * 2 ** (pitch / 12), n) * rng.uniform(0.7, 1))
+        parts.append(play(rng, labels["instrument"], C5 * 2 ** (pitch / 12), n)
+                     * rng.uniform(0.7, 1))
         pitch += step * int(rng.integers(2, 6))
     return np.concatenate(parts)
 
@@ -210,9 +239,13 @@ MAKERS = {"speech": make_speech, "environment": make_environment, "music": make_
 
 
 def recorded(rng, sound):
-    """What a microphone would give: a little silence before, background noise, any level; peak below 0.35."""
-    sound = np.concatenate([np.zeros(int(RATE * rng.uniform(0.01, 0.06))), sound / np.abs(sound).max()])
-    noise = filtered(rng.standard_normal(len(sound)), band(rng.uniform(50, 500), rng.uniform(1000, 6000)))
+    """What a microphone would give: a little silence before, background noise, any level; peak
+    below 0.35.
+    """
+    sound = np.concatenate([np.zeros(int(RATE * rng.uniform(0.01, 0.06))),
+                            sound / np.abs(sound).max()])
+    noise = filtered(rng.standard_normal(len(sound)),
+                     band(rng.uniform(50, 500), rng.uniform(1000, 6000)))
     ratio = 10 ** (-rng.uniform(25, 45) / 20)  # 25 to 45 dB below the clip's rms
     sound = sound + noise / np.sqrt(np.mean(noise**2)) * np.sqrt(np.mean(sound**2)) * ratio
     return (sound / np.abs(sound).max() * 10 ** rng.uniform(-1.5, -0.5)).astype(np.float32)
@@ -226,8 +259,10 @@ def balanced_labels(rng, answers, count):
 def write_clips(folder, seed=0, train=320, valid=40, test=60):
     """Write the example's clips and manifests under `folder`.
 
-    folder: made if it is missing; gets FOLDER/clips/*.flac and one FOLDER/{task}.jsonl for each of the nine tasks.
-    train, valid, test: clips per domain and split. The same seed and counts give the same clips and rows.
+    folder: made if it is missing; gets FOLDER/clips/*.flac and one FOLDER/{task}.jsonl for each of
+        the nine tasks.
+    train, valid, test: clips per domain and split. The same seed and counts give the same clips
+        and rows.
     Returns the manifests' paths (list of str).
     """
     folder = Path(folder)
@@ -247,7 +282,8 @@ def write_clips(folder, seed=0, train=320, valid=40, test=60):
                 (folder / name).write_bytes(flac.getvalue())
                 for task in tasks:
                     rows[task].append({
-                        "audio": name, "instruction": str(rng.choice(TASKS[task][1])), "answer": label[task],
+                        "audio": name, "instruction": str(rng.choice(TASKS[task][1])),
+                        "answer": label[task],
                         "task": task, "domain": domain, "split": split, "label": label[task],
                         "seconds": round(len(audio) / RATE, 4)})
     for task, lines in rows.items():
@@ -257,11 +293,13 @@ def write_clips(folder, seed=0, train=320, valid=40, test=60):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", help="folder for the clips and the manifests")
     parser.add_argument("--seed", type=int, default=0, help="another seed gives other clips")
     for split, count in (("train", 320), ("valid", 40), ("test", 60)):
-        parser.add_argument(f"--{split}", type=int, default=count, help=f"{split} clips per domain (default {count})")
+        parser.add_argument(f"--{split}", type=int, default=count,
+                            help=f"{split} clips per domain (default {count})")
     args = parser.parse_args()
     for path in write_clips(args.out, args.seed, args.train, args.valid, args.test):
         print(path)

@@ -1,16 +1,19 @@
-"""Makes weights/tiny/: a Whisper-shaped encoder of random weights and a Qwen2-shaped model trained on text.
+"""Makes weights/tiny/: a Whisper-shaped encoder of random weights and a Qwen2-shaped model trained
+on text.
 
-The encoder (Hugging Face folder `encoder/`) starts from random weights: the embedded example trains it from nothing.
-The decoder (`decoder/`) stands for a small instruct model. It is trained here, on two kinds of text: prose (the
-documentation and docstrings of Python's standard library, which every machine with Python has) and chats made by a
-grammar, in which a question about a description is answered from that description. Among many others it meets the
-questions and answers of weights/make_clips.py; it never meets audio.
+The encoder (Hugging Face folder `encoder/`) starts from random weights: the embedded example trains
+it from nothing. The decoder (`decoder/`) stands for a small instruct model. It is trained here, on
+two kinds of text: prose (the documentation and docstrings of Python's standard library, which every
+machine with Python has) and chats made by a grammar, in which a question about a description is
+answered from that description. Among many others it meets the questions and answers of
+weights/make_clips.py; it never meets audio.
 
     python weights/make_tiny.py            # writes weights/tiny/: six minutes of one core
     python weights/make_tiny.py --out DIR --steps N
 
-Needs transformers (the test extra). Seeded: the same Python, torch and number of threads give the same files; another
-Python has another documentation, hence slightly other weights. `decoder/training.json` says what was used.
+Needs transformers (the test extra). Seeded: the same Python, torch and number of threads give the
+same files; another Python has another documentation, hence slightly other weights.
+`decoder/training.json` says what was used.
 """
 
 import argparse
@@ -35,12 +38,12 @@ from make_clips import TASKS
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 # Qwen2's own splitting of text into words, digits, punctuation and spaces.
-SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-         r"|\s+(?!\S)|\s+")
+SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+         r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 CONTEXT = 128  # tokens in a training row
 ENCODER = {"d_model": 96, "encoder_layers": 3, "encoder_attention_heads": 4, "encoder_ffn_dim": 384}
-DECODER = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
-           "intermediate_size": 352, "vocab_size": 2048}
+DECODER = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
+           "num_key_value_heads": 2, "intermediate_size": 352, "vocab_size": 2048}
 UNKNOWN = "I cannot tell."
 
 # What a clip can be asked about: topic -> (questions, answers, sentences that describe it).
@@ -59,12 +62,14 @@ for topic, sentences in {
     TOPICS[topic][2].extend(sentences)
 TOPICS |= {
     "language": (["Which language is spoken?", "What is the language?"],
-                 "English German French Spanish Greek Polish Russian Chinese Hindi Arabic Turkish".split(),
+                 "English German French Spanish Greek Polish Russian Chinese Hindi Arabic "
+                 "Turkish".split(),
                  ["The speaker uses {}.", "It is spoken in {}."]),
     "emotion": (["Which emotion is heard?", "How does the speaker feel?"],
                 "happy sad angry calm afraid surprised bored proud".split(),
                 ["The speaker is {}.", "She sounds {}.", "He feels {}."]),
-    "speaker": (["Who is speaking?", "Is it a man or a woman?"], "a man,a woman,a child,a crowd".split(","),
+    "speaker": (["Who is speaking?", "Is it a man or a woman?"],
+                "a man,a woman,a child,a crowd".split(","),
                 ["{} is speaking.", "The words come from {}."]),
     "count": (["How many people speak?", "Count the speakers."],
               "one person,two people,three people,many people".split(","),
@@ -72,20 +77,25 @@ TOPICS |= {
     "place": (["Where is it?", "Which place is it?"],
               "a kitchen,a street,a forest,a station,a hall,a beach,a car,an office".split(","),
               ["It was recorded in {}.", "The place is {}."]),
-    "animal": (["Which animal is heard?", "Name the animal."], "dog cat horse cow sheep frog wolf owl lion".split(),
+    "animal": (["Which animal is heard?", "Name the animal."],
+               "dog cat horse cow sheep frog wolf owl lion".split(),
                ["There is a {} nearby.", "A {} calls."]),
     "genre": (["Which genre is it?", "What style of music is it?"],
               "jazz rock folk blues classical pop dance".split(),
               ["The music is {}.", "They play {}."]),
-    "tempo": (["How fast is the music?", "What is the tempo?"], "slow,moderate,fast,very fast".split(","),
+    "tempo": (["How fast is the music?", "What is the tempo?"],
+              "slow,moderate,fast,very fast".split(","),
               ["The tempo is {}.", "The beat is {}."]),
-    "weather": (["What is the weather like?", "Describe the weather."], "sunny cloudy stormy foggy snowy".split(),
+    "weather": (["What is the weather like?", "Describe the weather."],
+                "sunny cloudy stormy foggy snowy".split(),
                 ["The weather is {}.", "The day is {}."]),
-    "time": (["What time of day is it?", "When was it recorded?"], "morning noon evening night".split(),
+    "time": (["What time of day is it?", "When was it recorded?"],
+             "morning noon evening night".split(),
              ["It was recorded at {}.", "The time is {}."]),
     "loudness": (["How loud is it?", "Describe the loudness."], "quiet loud deafening".split(),
                  ["The recording is {}.", "All is {}."]),
-    "color": (["Which color is named?", "What is the color?"], "red blue green yellow black white brown".split(),
+    "color": (["Which color is named?", "What is the color?"],
+              "red blue green yellow black white brown".split(),
               ["The box is {}.", "The door is {}."]),
     "vehicle": (["Which vehicle passes?", "Name the vehicle."],
                 "a train,a truck,a plane,a boat,a bus,a bicycle".split(","),
@@ -94,14 +104,16 @@ TOPICS |= {
              ["The drum is a {}.", "A {} is struck."]),
     "room": (["How large is the room?", "Describe the room."], "small,large,open air".split(","),
              ["The room is {}.", "The space is {}."]),
-    "command": (["Which command is given?", "Which word is it?"], "yes no stop go left right up down on off".split(),
+    "command": (["Which command is given?", "Which word is it?"],
+                "yes no stop go left right up down on off".split(),
                 ["The command is {}.", "The word is {}."]),
 }
 COPY = {  # the answer is any words, copied from the description
     "transcribe": (["What is said?", "Transcribe the speech.", "Write down the words."],
                    ["A voice says: {}.", "The words are: {}.", "We hear: {}."]),
     "name": (["What is the name?", "Who is named?"], ["The name is {}.", "Somebody calls {}."]),
-    "number": (["Which number is said?", "Write the number."], ["The number is {}.", "It counts to {}."]),
+    "number": (["Which number is said?", "Write the number."],
+               ["The number is {}.", "It counts to {}."]),
     "repeat": (["Repeat the text.", "Copy the text."], ["{}"]),
 }
 
@@ -113,13 +125,16 @@ def library_text():
     documents = [text for _, text in sorted(pydoc_data.topics.topics.items())]
     for path in sorted(Path(os.__file__).parent.glob("*.py")):
         tree = ast.parse(path.read_bytes())
-        nodes = [n for n in ast.walk(tree) if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef))]
+        nodes = [n for n in ast.walk(tree)
+                 if isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef))]
         documents += [text for text in map(ast.get_docstring, nodes) if text and len(text) > 60]
     return [re.sub(r"[ \t]*\n", "\n", text).strip() for text in documents]
 
 
 def describe(rng, facts, sentences):
-    """A description of some facts [(topic, value)]: sentences, or loose key words in any order, some repeated."""
+    """A description of some facts [(topic, value)]: sentences, or loose key words in any order,
+    some repeated.
+    """
     if rng.random() < 0.5:
         return " ".join(rng.choice(sentences[topic]).format(value) for topic, value in facts)
     words = [value for _, value in facts for _ in range(rng.randint(1, 4))]
@@ -132,8 +147,10 @@ def make_chat(rng, words):
     if rng.random() < 0.2:
         topic = rng.choice(sorted(COPY))
         questions, templates = COPY[topic]
-        value = {"name": lambda: rng.choice(words).capitalize(), "number": lambda: str(rng.randrange(1000))}.get(
-            topic, lambda: " ".join(rng.choices(words, k=rng.randint(1, 5))))()
+        value = {
+            "name": lambda: rng.choice(words).capitalize(),
+            "number": lambda: str(rng.randrange(1000)),
+        }.get(topic, lambda: " ".join(rng.choices(words, k=rng.randint(1, 5))))()
         description, answer = rng.choice(templates).format(value), value
     else:
         topics = rng.sample(sorted(TOPICS), rng.randint(1, 4))
@@ -144,8 +161,10 @@ def make_chat(rng, words):
             facts, answer = [fact for fact in facts if fact[0] != topic], UNKNOWN
         if not facts or rng.random() < 0.1:  # words that have nothing to do with it
             facts += [("noise", " ".join(rng.choices(words, k=rng.randint(1, 8))))]
-        description = describe(rng, facts, {t: TOPICS[t][2] for t in TOPICS} | {"noise": ["{}.", "There is {}."]})
-    return f"<|im_start|>user\n{rng.choice(questions)}\n{description}<|im_end|>\n<|im_start|>assistant\n", answer
+        description = describe(
+            rng, facts, {t: TOPICS[t][2] for t in TOPICS} | {"noise": ["{}.", "There is {}."]})
+    return (f"<|im_start|>user\n{rng.choice(questions)}\n{description}<|im_end|>\n"
+            "<|im_start|>assistant\n"), answer
 
 
 def train_tokenizer(texts):
@@ -156,7 +175,8 @@ def train_tokenizer(texts):
         pre_tokenizers.Split(Regex(SPLIT), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=DECODER["vocab_size"], special_tokens=SPECIAL, show_progress=False,
+    trainer = trainers.BpeTrainer(vocab_size=DECODER["vocab_size"], special_tokens=SPECIAL,
+                                  show_progress=False,
                                   initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()))
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
@@ -173,7 +193,9 @@ def prose_rows(tokenizer, documents):
 
 
 def chat_rows(tokenizer, chats):
-    """Rows of whole chats, the last cut off: ids (N, CONTEXT + 1), and which of them are answers (N, CONTEXT + 1)."""
+    """Rows of whole chats, the last cut off: ids (N, CONTEXT + 1), and which of them are answers
+    (N, CONTEXT + 1).
+    """
     end, newline = tokenizer.encode("<|im_end|>").ids, tokenizer.encode("\n").ids
     prompts = tokenizer.encode_batch([prompt for prompt, _ in chats])
     answers = tokenizer.encode_batch([answer for _, answer in chats])
@@ -209,7 +231,8 @@ def make_data(seed):
 def token_losses(model, rows):
     """Loss of each next token of rows (N, CONTEXT + 1) -> (N, CONTEXT), in nats."""
     logits = model(input_ids=rows[:, :-1]).logits
-    return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none").view(len(rows), -1)
+    return F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(),
+                           reduction="none").view(len(rows), -1)
 
 
 @torch.no_grad()
@@ -217,13 +240,15 @@ def evaluate(model, held_out):
     """Perplexity per token of held-out prose, and of held-out chats' answers."""
     prose, chats, spoken = held_out
     answers = token_losses(model, chats)[spoken[:, 1:]]
-    return {"prose": math.exp(token_losses(model, prose[:256]).mean()), "answers": math.exp(answers.mean())}
+    return {"prose": math.exp(token_losses(model, prose[:256]).mean()),
+            "answers": math.exp(answers.mean())}
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum made orthogonal by five Newton-Schulz iterations (Jordan et al., 2024).
 
-    It needs half of Adam's steps here. torch.optim.Muon computes in bfloat16, which is slow on most processors.
+    It needs half of Adam's steps here. torch.optim.Muon computes in bfloat16, which is slow on most
+    processors.
     """
 
     def __init__(self, params, momentum=0.95, weight_decay=0.05):
@@ -243,15 +268,19 @@ class Muon(torch.optim.Optimizer):
                 x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
             x = x.T if p.shape[0] > p.shape[1] else x
             p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.add_(x, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)  # the step's size is then as Adam's
+            # the step's size is then as Adam's
+            p.add_(x, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
 
 
 def train_decoder(data, held_out, steps, seed, batch=16):
-    """A Qwen2 trained on prose and chats, half and half; answers count more than what cannot be known."""
+    """A Qwen2 trained on prose and chats, half and half; answers count more than what cannot be
+    known.
+    """
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    config = Qwen2Config(**DECODER, max_position_embeddings=2048, rope_theta=10000.0, rms_norm_eps=1e-6,
-                         tie_word_embeddings=True, use_cache=False, bos_token_id=0, eos_token_id=2)
+    config = Qwen2Config(**DECODER, max_position_embeddings=2048, rope_theta=10000.0,
+                         rms_norm_eps=1e-6, tie_word_embeddings=True, use_cache=False,
+                         bos_token_id=0, eos_token_id=2)
     model = Qwen2ForCausalLM(config)
     prose, chats, spoken = data
     weights = torch.where(spoken[:, 1:], 3.0, 0.5)
@@ -275,7 +304,8 @@ def train_decoder(data, held_out, steps, seed, batch=16):
             optimizer.step()
         if (step + 1) % 200 == 0 or step + 1 == steps:
             scores = evaluate(model, held_out)
-            print(f"step {step + 1}/{steps}  loss {loss.item():.3f}  held-out perplexity: prose {scores['prose']:.1f}, "
+            print(f"step {step + 1}/{steps}  loss {loss.item():.3f}  "
+                  f"held-out perplexity: prose {scores['prose']:.1f}, "
                   f"answers {scores['answers']:.3f}  {time.time() - start:.0f} s", flush=True)
     return model
 
@@ -296,8 +326,8 @@ def show(model, tokenizer, seed):
     for _ in range(10):
         prompt, answer = make_chat(rng, "table number window garden".split())
         question, description = prompt.split("\n")[1:3]
-        print(f"{question!r} {description.removesuffix('<|im_end|>')!r} -> {complete(model, tokenizer, prompt)!r}"
-              f"  (true: {answer!r})")
+        print(f"{question!r} {description.removesuffix('<|im_end|>')!r}"
+              f" -> {complete(model, tokenizer, prompt)!r}  (true: {answer!r})")
 
 
 # ---- folders
@@ -308,34 +338,41 @@ def write_json(path, content):
 
 def write_decoder(folder, model, tokenizer, training):
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {k: v.half().contiguous() for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    tensors = {k: v.half().contiguous() for k, v in model.state_dict().items()
+               if k != "lm_head.weight"}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
     end = {"bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 0}
     write_json(folder / "config.json", {
-        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **DECODER, "max_position_embeddings": 2048,
-        "rope_theta": 10000.0, "rms_norm_eps": 1e-6, "hidden_act": "silu", "tie_word_embeddings": True,
+        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **DECODER,
+        "max_position_embeddings": 2048, "rope_theta": 10000.0, "rms_norm_eps": 1e-6,
+        "hidden_act": "silu", "tie_word_embeddings": True,
         "use_sliding_window": False, "attention_dropout": 0.0, "torch_dtype": "float16", **end})
     write_json(folder / "tokenizer_config.json", {
-        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",
-        "model_max_length": 2048})
+        "tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>", "model_max_length": 2048})
     write_json(folder / "training.json", training)
 
 
 def random_encoder(generator):
-    """Weights of a Whisper encoder: sinusoidal positions, the rest normal with the scale that keeps variance."""
+    """Weights of a Whisper encoder: sinusoidal positions, the rest normal with the scale that keeps
+    variance.
+    """
     d, ffn = ENCODER["d_model"], ENCODER["encoder_ffn_dim"]
-    normal = lambda *shape, gain=1.0: torch.randn(shape, generator=generator) * gain / math.prod(shape[1:]) ** 0.5
+    normal = lambda *shape, gain=1.0: (
+        torch.randn(shape, generator=generator) * gain / math.prod(shape[1:]) ** 0.5)
     zeros, ones = torch.zeros, torch.ones
-    angles = torch.arange(1500)[:, None] * torch.exp(-math.log(10000) / (d // 2 - 1) * torch.arange(d // 2))
+    angles = torch.arange(1500)[:, None] * torch.exp(
+        -math.log(10000) / (d // 2 - 1) * torch.arange(d // 2))
     tensors = {"conv1.weight": normal(d, 80, 3, gain=2), "conv1.bias": zeros(d),
                "conv2.weight": normal(d, d, 3, gain=2), "conv2.bias": zeros(d),
                "embed_positions.weight": torch.cat([angles.sin(), angles.cos()], 1),
                "layer_norm.weight": ones(d), "layer_norm.bias": zeros(d)}
-    residual = (2 * ENCODER["encoder_layers"]) ** -0.5  # so that the sum over layers keeps its scale
+    # so that the sum over layers keeps its scale
+    residual = (2 * ENCODER["encoder_layers"]) ** -0.5
     for i in range(ENCODER["encoder_layers"]):
-        layer = {"fc1.weight": normal(ffn, d), "fc1.bias": zeros(ffn), "fc2.weight": normal(d, ffn, gain=residual),
-                 "fc2.bias": zeros(d)}
+        layer = {"fc1.weight": normal(ffn, d), "fc1.bias": zeros(ffn),
+                 "fc2.weight": normal(d, ffn, gain=residual), "fc2.bias": zeros(d)}
         for name in "qkv":
             layer[f"self_attn.{name}_proj.weight"] = normal(d, d)
         layer["self_attn.out_proj.weight"] = normal(d, d, gain=residual)
@@ -350,37 +387,46 @@ def write_encoder(folder, seed):
     folder.mkdir(parents=True, exist_ok=True)
     tensors = random_encoder(torch.Generator().manual_seed(seed))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    # Whisper's own decoder is not part of this: the smallest that transformers accepts, so that the folder loads.
-    decoder = {"decoder_layers": 1, "decoder_attention_heads": 1, "decoder_ffn_dim": 8, "max_target_positions": 8,
-               "vocab_size": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    # Whisper's own decoder is not part of this: the smallest that transformers accepts, so that the
+    # folder loads.
+    decoder = {"decoder_layers": 1, "decoder_attention_heads": 1, "decoder_ffn_dim": 8,
+               "max_target_positions": 8, "vocab_size": 8, "pad_token_id": 0, "bos_token_id": 1,
+               "eos_token_id": 2, "decoder_start_token_id": 1}
     write_json(folder / "config.json", {
-        "architectures": ["WhisperForConditionalGeneration"], "model_type": "whisper", **ENCODER, "num_mel_bins": 80,
-        "max_source_positions": 1500, "activation_function": "gelu", "is_encoder_decoder": True,
+        "architectures": ["WhisperForConditionalGeneration"], "model_type": "whisper", **ENCODER,
+        "num_mel_bins": 80, "max_source_positions": 1500, "activation_function": "gelu",
+        "is_encoder_decoder": True,
         "scale_embedding": False, **decoder, "torch_dtype": "float16"})
     write_json(folder / "preprocessor_config.json", {
-        "feature_extractor_type": "WhisperFeatureExtractor", "feature_size": 80, "sampling_rate": 16000,
-        "hop_length": 160, "n_fft": 400, "chunk_length": 30, "n_samples": 480000, "nb_max_frames": 3000,
+        "feature_extractor_type": "WhisperFeatureExtractor", "feature_size": 80,
+        "sampling_rate": 16000, "hop_length": 160, "n_fft": 400, "chunk_length": 30,
+        "n_samples": 480000, "nb_max_frames": 3000,
         "padding_side": "right", "padding_value": 0.0, "return_attention_mask": False})
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny", help="folder to write to")
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "tiny",
+                        help="folder to write to")
     parser.add_argument("--steps", type=int, default=1000, help="training steps of the decoder")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1, help="another number rounds sums differently")
+    parser.add_argument("--threads", type=int, default=1,
+                        help="another number rounds sums differently")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     write_encoder(args.out / "encoder", args.seed)
     tokenizer, documents, data, held_out = make_data(args.seed)
     prose, chats, _ = data
-    print(f"prose {prose.numel():,} tokens, chats {chats.numel():,} tokens, vocabulary {tokenizer.get_vocab_size()}")
+    print(f"prose {prose.numel():,} tokens, chats {chats.numel():,} tokens, "
+          f"vocabulary {tokenizer.get_vocab_size()}")
     model = train_decoder(data, held_out, args.steps, args.seed).eval()
-    training = {"python": platform.python_version(), "torch": torch.__version__, "steps": args.steps,
-                "seed": args.seed, "threads": args.threads,
+    training = {"python": platform.python_version(), "torch": torch.__version__,
+                "steps": args.steps, "seed": args.seed, "threads": args.threads,
                 "prose_sha256": hashlib.sha256("\n".join(documents).encode()).hexdigest(),
-                "held_out_perplexity": {k: round(v, 4) for k, v in evaluate(model, held_out).items()}}
+                "held_out_perplexity": {
+                    k: round(v, 4) for k, v in evaluate(model, held_out).items()}}
     write_decoder(args.out / "decoder", model, tokenizer, training)
     show(model, tokenizer, args.seed)
 
