@@ -112,14 +112,14 @@ def heard_figure(folder: Path) -> "Figure":
             encoder, = (v for v in words.values() if isinstance(v, dict))
             rates.append(encoder["30s"]["wer"])
         right.plot(list(shares.values()), rates, marker=".", color=colour, label=manifest)
-    left.set(xlabel="hours of audio heard (before the end, the rates have not yet decayed)",
-             title="scores at own length, not averaged")
+    left.set(xlabel="hours of audio heard", title="scores at own length, not averaged")
     right.set(xlabel="share of the way from untouched to trained (--blend)", ylim=(0, None),
               title="word error rate under Whisper's decoder, 30 s")
-    left.legend(fontsize=8, loc="center right")
+    left.legend(fontsize=8, loc="center right", bbox_to_anchor=(1, 0.2))
+    left.set_ylim(0.35)  # room for the legend
     right.legend(fontsize=8, loc="lower right")
     headings(figure, "What more audio does, and averaging with the untouched weights "
-             "(valid splits)")
+             "(valid splits)", "left: but for the last point, the rates have not yet decayed")
     return figure
 
 

@@ -3,8 +3,8 @@
 #
 #     tests/recipe.sh WEIGHTS SUITE TRANSFER OUT        # some hours of a CPU for each seed
 #
-# WEIGHTS holds whisper-base/ and qwen2.5-0.5b/, SUITE the eleven manifests below, TRANSFER those
-# whose clips come from other sources than training's. In the environment:
+# WEIGHTS holds whisper-base/, SUITE the eleven manifests below, TRANSFER those whose clips come
+# from other sources than training's. In the environment:
 # SEEDS   the runs ("0 1 2")
 # SHARE   how far from the untouched encoder the judged ones lie (1: all the way). The rule, on
 #         OUT/valid/ of the first seed: of those within 0.05 of the untouched encoder's word error
@@ -44,10 +44,10 @@ for seed in $seeds; do
         python "$here/train.py" --resume --seed "$seed" --out "seed-$seed" \
         --data "${suite[@]}" suite/transcribe.jsonl --encoder "$untouched" \
         --task-weights caption=1 command=0.2 drum=1 game_sound=1 instrument=1 language=1 \
-        pitch=1 speaker_count=1 tagging=1 transcribe=1 voice=1 --decoder weights/qwen2.5-0.5b \
-        --stack 8 --steps 3000 --batch-seconds 16 --loss example --lr-encoder 4e-5 \
-        --lr-adapter 1e-3 --freeze-encoder 40 --warmup 60 --words transcribe --words-weight 2 \
-        --workers 1 --eval-every 1000 --eval-clips 8 --questions 0 --save-every 100 --keep 40
+        pitch=1 speaker_count=1 tagging=1 transcribe=1 voice=1 --decoder "$untouched" \
+        --stack 0 --lr-decoder 3e-5 --steps 3000 --batch-seconds 16 --loss example \
+        --lr-encoder 4e-5 --warmup 60 --words transcribe --words-weight 5 --workers 1 \
+        --eval-every 1000 --eval-clips 8 --questions 0 --save-every 500 --keep 10
 done
 
 # ---- choices, on valid splits alone: the first seed's shares, and its way there
@@ -82,8 +82,12 @@ done
 probe padded.json --encoder "$untouched" --context window --data "${suite[@]}" "${others[@]}"
 probe scores.json --encoder "$untouched" "${trained[@]}" --data "${suite[@]}" "${others[@]}"
 outside words.json wer --encoder "$untouched" "${trained[@]}" --clips 60 --data "${spoken[@]}"
-outside neighbours.json knn --encoder "$untouched" "${trained[@]}" \
+# The first seed, not averaged.
+probe trained.json --encoder "$first/share-1" --data "${suite[@]}" "${others[@]}"
+outside trained-words.json wer --encoder "$first/share-1" --clips 60 --data "${spoken[@]}"
+outside neighbours.json knn --encoder "$untouched" "${trained[0]}" \
     --data suite/{drum,game_sound,instrument,pitch,voice}.jsonl "${others[@]}"
-[ -f look.json ] || python "$here/tests/look.py" --encoder "$untouched" "${trained[0]}" \
-    --names before after --data suite/{voice,pitch}.jsonl --json look.json --picture look.png
+[ -f look.json ] || python "$here/tests/look.py" \
+    --encoder "$untouched" "${trained[0]}" "$first/share-1" --names untouched "share $share" \
+    trained --data suite/{voice,pitch}.jsonl --json look.json --picture look.png
 python "$here/tests/plot.py" .
