@@ -66,7 +66,7 @@ def scores_figure(folder: Path) -> "Figure":
     panels[0].legend(loc="center right", bbox_to_anchor=(1, 0.335), fontsize=8)
     headings(figure, "The suite, and below it what training did not hear: other voices, "
              "tasks, games", "test splits; tagging: mAP, caption: recall@1, else accuracy; the "
-             "number: trained, minus the better of the two untouched")
+             "number: averaged, minus the better of the two untouched")
     return figure
 
 
@@ -85,7 +85,7 @@ def scores_panel(axes, probe: str, own_length, padded, trained) -> None:
         axes.text(1.06, row, f"{mean - better:+.3f}", va="center", color=colour)
     axes.scatter([], [], 30, facecolors="white", edgecolors=GREY, label="untouched")
     axes.scatter([], [], 160, marker="|", color="black", label="untouched, at 30 s")
-    axes.scatter([], [], 20, color=BLUE, label="trained" + ", each seed" * (len(trained) > 1))
+    axes.scatter([], [], 20, color=BLUE, label="averaged" + ", each seed" * (len(trained) > 1))
     axes.axhline(10, color=GREY, linewidth=0.6)
     axes.grid(axis="y", visible=False)
     axes.set(xlim=(0, 1.03), ylim=(-0.6, 13.6))
