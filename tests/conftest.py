@@ -9,6 +9,8 @@ import pytest
 import soundfile as sf
 import torch
 
+import ablations.clap  # noqa: F401: so that its folders can be read
+import ablations.whisper_decoder  # noqa: F401
 from uniwhisper import UniWhisper, load_decoder, load_encoder, new_adapter
 
 RATE = 16_000

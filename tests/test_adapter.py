@@ -52,11 +52,6 @@ def test_lengths_equal_the_tokens_that_come_out(stack):
     assert adapter.lengths(torch.tensor(tokens)).tolist() == out
 
 
-def test_a_stack_below_one_is_refused():
-    with pytest.raises(ValueError, match="stack is 0"):
-        StackAdapter(2, 3, 0)
-
-
 def test_silence_gives_finite_tokens_and_gradients():
     adapter = StackAdapter(6, 10, 4)
     x = torch.zeros(1, 8, 6, requires_grad=True)

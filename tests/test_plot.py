@@ -1,13 +1,11 @@
 """plot.py: README's pictures from recipe.sh's JSON files, a run's curves from metrics.jsonl."""
 import json
-import sys
 import xml.etree.ElementTree as xml
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("matplotlib")
-sys.path.insert(0, str(Path(__file__).parent))
 import plot  # noqa: E402
 
 TASKS = {"note": 1.5, "voice": 0.5}

@@ -247,9 +247,9 @@ def gradient(world, out, loss, sizes, checkpoint_layers=False):
         patch.setattr(train, "build_optimizer", plain_sgd)
         patch.setattr(train, "learning_rate", lambda *a: 1.0)
         patch.setattr(train, "save_checkpoint", lambda *a: None)
-        patch.setattr(train, "catch_signals", list)
-        words, log = train.WordsLoss(s, rows, model.encoder), train.Log(s, batches, 0)
-        assert train.train(s, model, words, log, map(batches.__getitem__, specs), dict(step=0))
+        patch.setattr(signal, "signal", lambda *a: None)
+        log = train.Log(s, batches, 0)
+        train.train(s, model, log, map(batches.__getitem__, specs), dict(step=0))
     line = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()][-2]
     moved = {k: p.detach() - before[k] for k, p in model.named_parameters() if p.requires_grad}
     return moved, line["tasks"], line["norm"]
@@ -432,12 +432,13 @@ def two_agents(argv, other_argv, **environment):
     return agents
 
 
-def test_a_fault_of_one_rank_at_the_start_ends_all_with_its_message(world, tmp_path):
+def test_a_fault_of_one_rank_at_the_start_ends_all(world, tmp_path):
     argv = options(world, tmp_path / "run")
     other = options(world, tmp_path / "run", data=write_manifest(tmp_path / "bad.jsonl", ["{"]))
-    for agent in two_agents(argv, other):
-        _, said = agent.communicate(timeout=60)
-        assert agent.returncode and "bad.jsonl: needs one JSON object a line" in said
+    one, other = two_agents(argv, other)
+    assert "bad.jsonl: needs one JSON object a line" in other.communicate(timeout=60)[1]
+    assert "Connection" in one.communicate(timeout=60)[1]
+    assert one.returncode and other.returncode and not (tmp_path / "run").exists()
 
 
 def test_when_one_rank_dies_all_end_within_a_minute(world, tmp_path):
@@ -453,7 +454,7 @@ def test_when_one_rank_dies_all_end_within_a_minute(world, tmp_path):
     said = one.communicate(timeout=60)[1]
     other.communicate(timeout=60)
     assert one.returncode and other.returncode and time.monotonic() - began < 60
-    assert "error: another rank has ended" in said
+    assert "onnection closed" in said or "onnection reset" in said
 
 
 def test_cudnns_attention_is_kept_out(monkeypatch):
@@ -498,7 +499,7 @@ def kill_in_cleanup():
     """Just after a checkpoint got its name, while the oldest is being removed."""
     real = shutil.rmtree
     shutil.rmtree = lambda path, **how: (
-        kill() if Path(path).name.startswith(".old-") else real(path, **how))
+        kill() if Path(path).name.startswith("step-") else real(path, **how))
 
 
 def test_killed_anywhere_and_resumed_a_run_ends_with_the_same_bits(world, tmp_path, undisturbed):
@@ -513,12 +514,11 @@ def test_killed_anywhere_and_resumed_a_run_ends_with_the_same_bits(world, tmp_pa
 
     killed(partial(kill_in_update, 2))
     assert names() == []
-    assert "no finished checkpoint yet: starting at step 0" in killed(
-        partial(kill_in_save, 2), "--resume")
+    assert "from step 0" in killed(partial(kill_in_save, 2), "--resume")
     # the encoder's first free step is next
-    assert names() == [".writing-00000006", "step-00000003"]
+    assert names() == [".writing", "step-00000003"]
     assert "from step 3" in killed(kill_in_cleanup, "--resume", "--workers", "2")
-    assert names() == [".old-step-00000003", "step-00000006"]
+    assert names() == ["step-00000003", "step-00000006"]
     assert "from step 6" in killed(partial(kill_in_update, 2), "--resume")
     with open(out / "metrics.jsonl", "a") as f:
         f.write('{"step": 8, "tasks": {"a": 1}')  # a line that the kill cut short
@@ -642,128 +642,6 @@ def test_ranks_train_a_decoder_as_one_process_does(world, talking_whisper, tmp_p
     assert_close_runs(tmp_path / "one", tmp_path / "two", 3)
 
 
-# ---------------------------------------------------------------- what keeps speech
-
-def with_language(world, folder, language):
-    """The manifest again, its rows of `level` with a language."""
-    rows = [row | dict(audio=str(world.folder / row["audio"])) for row in world.rows]
-    for row in rows:
-        if row["task"] == "level" and language is not None:
-            row["language"] = language
-    return write_manifest(folder / "words.jsonl", rows)
-
-
-@pytest.fixture
-def kept(world, talking_whisper, tmp_path):
-    """(settings, model, rows, a batch, its clips of `level`) of a run with --words."""
-    s = train.parse(options(world, tmp_path, encoder=talking_whisper[0], words="level",
-                            words_weight=3, loss="example", freeze_encoder=1, batch_seconds=17,
-                            data=with_language(world, tmp_path, "Dutch")))
-    model, rows = train.build_model(s, None), train.open_rows(s)
-    batch = Batches(rows, model.decoder.tokenizer, RATE)[0, [0, 17, 40, 41, 42]]
-    clips = [i for i, task in enumerate(batch.tasks) if task == "level"]
-    assert len(clips) == 3
-    return s, model, rows, batch, clips
-
-
-def features_of(encoder, batch, i, silence):
-    """Clip i by itself; with silence, in the whole window."""
-    audio = batch.audio[i : i + 1, : batch.samples[i]]
-    return encoder.encode(audio, torch.tensor([480_000]) if silence else None)
-
-
-@pytest.mark.parametrize("step", [3, 4])
-def test_whispers_decoder_reads_the_clips_of_words_too(kept, step):
-    s, model, rows, batch, clips = kept
-    words = train.WordsLoss(s, rows, model.encoder)
-    decoder = words.reader.decoder
-    assert (words.reader.encoder is model.encoder
-            and not any(p.requires_grad for p in decoder.parameters()))
-    # 17 s a batch: one clip of 30 s.
-    chosen = clips if step == 3 else sorted(random.Random(step).sample(clips, 1))
-    losses = []
-    for i in chosen:
-        answer = decoder.tokenizer.answer(batch.texts[i])
-        states = decoder.answer_states(*features_of(model.encoder, batch, i, step == 4),
-                                       [decoder.tokenizer.transcription("nl")], [answer])
-        losses.append(torch.nn.functional.cross_entropy(
-            decoder.unembed(states), torch.tensor(answer), reduction="none"))
-    total = sum(loss.mean().item() for loss in losses) / len(chosen)
-    added = words.loss(batch, step)
-    assert added.item() == pytest.approx(3 * 3 * total, rel=1e-4)
-    (read, token_losses), = words.parts
-    assert read.rows == [batch.rows[i] for i in chosen]
-    assert token_losses.tolist() == pytest.approx(torch.cat(losses).tolist(), rel=1e-4)
-    assert words.loss(train.replace(batch, tasks=["height"] * 5), step) == 0
-    assert words.loss(batch, 1) == 0  # the adapter trains alone
-    assert len(words.parts) == 1
-    added.backward()
-    assert model.encoder.conv1.weight.grad.abs().sum() > 0
-
-
-def test_a_clip_whose_words_have_no_finite_loss_is_named(kept, tmp_path, capsys):
-    s, model, rows, batch, clips = kept
-    words, log = (train.WordsLoss(s, rows, model.encoder),
-                  train.Log(s, SimpleNamespace(rows=rows), 0))
-    with torch.no_grad():
-        words.reader.decoder.layers[0].fc1.weight.fill_(math.nan)
-    words.loss(batch, 3)
-    log.bad_update(3, [(batch, torch.zeros(sum(batch.answer_tokens)))] + words.parts, math.nan)
-    assert capsys.readouterr().err.endswith(
-        f"rows: {', '.join(rows.name(batch.rows[i]) for i in clips)}\n")
-
-
-def test_the_layers_that_read_words_are_recomputed_where_the_others_are(kept):
-    s, model, rows, _, _ = kept
-    for on in (False, True):
-        words = train.WordsLoss(train.replace(s, checkpoint_layers=on), rows, model.encoder)
-        assert words.reader.decoder.checkpoint_layers == on
-
-
-def test_a_run_with_words_resumes_exactly_and_on_ranks_is_as_in_one_process(
-        world, talking_whisper, tmp_path):
-    same = dict(data=with_language(world, tmp_path, "nl"), encoder=talking_whisper[0],
-                words="level", freeze_encoder=1, steps=5, save_every=1, log_every=1, eval_every=5)
-    one, argv = (Run(options(world, tmp_path / "one", **same, accumulate=2)),
-                 options(world, tmp_path / "two", **same))
-    killed = options(world, tmp_path / "killed", **same, accumulate=2)
-    assert Run(killed, partial(kill_in_update, 3)).wait().code == -signal.SIGKILL
-    succeed(one, Run([*killed, "--resume"]), *start_ranks(argv))
-    assert_same_run(tmp_path / "one", tmp_path / "killed", 5)
-    assert_close_runs(tmp_path / "one", tmp_path / "two", 5)
-    read = []
-    for name in ("one", "two"):
-        lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
-        read.append([line["words"] or 0.0 for line in lines if "words" in line])
-    assert read[0] == pytest.approx(read[1], rel=1e-3) and len(read[0]) == 5
-    assert read[0][0] == 0 and sum(read[0]) > 1  # in the first update the adapter trains alone
-    succeed(Run(options(world, tmp_path / "without", **same | dict(words=None), accumulate=2)))
-    assert not same_bits(weights(tmp_path / "one", 5), weights(tmp_path / "without", 5))
-
-
-@pytest.mark.parametrize("language, says", [
-    (None, "language is ''"),
-    ("Klingon", "language is 'Klingon'"),
-])
-def test_words_need_a_language_that_whisper_knows(world, talking_whisper, tmp_path, language, says):
-    data = with_language(world, tmp_path, language)
-    said = Run(options(world, tmp_path / "out", data=data, encoder=talking_whisper[0],
-                       words="level")).fail()
-    assert says in said and "words.jsonl" in said and "--words" in said
-    assert not (tmp_path / "out").exists()  # said before anything begins
-
-
-def test_words_too_long_for_whisper_are_named_at_the_start(world, talking_whisper, tmp_path):
-    rows = [row | dict(audio=str(world.folder / row["audio"]), language="nl") for row in world.rows]
-    rows[7]["answer"] = "ab " * 1000
-    data = write_manifest(tmp_path / "words.jsonl", rows)
-    task = rows[7]["task"]
-    said = Run(options(world, tmp_path / "out", data=data, encoder=talking_whisper[0],
-                       words=task)).fail()
-    assert ("words.jsonl:8" in said and "Whisper's decoder takes 448" in said
-            and not (tmp_path / "out").exists())
-
-
 # ------------------------------------------------------- stopped, lengthened, started from another
 
 def signal_in_update(number, call):
@@ -803,46 +681,6 @@ def test_ranks_stop_together(world, tmp_path):
             and "stopped by a signal after step 3" in other.fail())
 
 
-def kill_a_reader(call):
-    real, calls = torch.nn.utils.clip_grad_norm_, itertools.count(1)
-
-    def clip(*args):
-        if next(calls) == call:
-            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-        return real(*args)
-
-    torch.nn.utils.clip_grad_norm_ = clip
-
-
-def test_a_killed_reader_is_one_line(world, tmp_path):
-    run = Run(options(world, tmp_path / "run", workers=1, steps=200, save_every=200,
-                      eval_every=200),
-              partial(kill_a_reader, 3))
-    assert ("a process that reads audio was killed" in (text := run.fail())
-            and "lower --workers" in text)
-
-
-def sleep_in_update(call):
-    real, calls = torch.nn.utils.clip_grad_norm_, itertools.count(1)
-    torch.nn.utils.clip_grad_norm_ = lambda *args: (
-        time.sleep(100 * (next(calls) == call)) or real(*args))
-
-
-def test_a_second_run_into_the_same_folder_is_refused(world, tmp_path):
-    out = tmp_path / "run"
-    first = Run(options(world, out), partial(sleep_in_update, 1))
-    while not (out / "config.json").exists():
-        assert first.process.is_alive()
-        time.sleep(0.1)
-    log = first.log
-    try:
-        second = Run(options(world, out, resume=True), RANK="1")  # RANK: a log of its own
-        assert f"another run writes to {out}; choose another --out" in second.fail()
-    finally:
-        first.process.kill()
-    assert log == first.log
-
-
 def test_a_run_can_be_lengthened(undisturbed, world, tmp_path):
     out = tmp_path / "run"
     shutil.copytree(undisturbed.out, out)
@@ -854,7 +692,7 @@ def test_a_run_can_be_lengthened(undisturbed, world, tmp_path):
 
 
 def test_a_new_run_can_start_from_another_runs_adapter(undisturbed, world, tmp_path):
-    s = train.parse(options(world, tmp_path / "run", adapter=undisturbed.out))
+    s = train.parse(options(world, tmp_path / "run", adapter=step_folder(undisturbed.out, STEPS) / "adapter"))
     model, trained = train.build_model(s, None), weights(undisturbed.out, STEPS)
     assert all(torch.equal(trained[k], v) for k, v in model.adapter.state_dict().items())
     start = joint_model(world.encoder, world.decoder).encoder.state_dict()
@@ -871,12 +709,12 @@ def test_no_room_for_a_checkpoint(world, tmp_path, undisturbed):
     argv = options(world, tmp_path / "run")
     # once the encoder's moments come in, it is too much
     text = Run(argv, partial(limit_file_size, sum(sizes) // 2)).fail()
-    assert "cannot save" in text and "step-00000006" in text and text.endswith("step-00000003")
-    assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000003"]
+    assert "cannot save" in text and "step-00000006; is the disk full?" in text
+    assert {p.name for p in (tmp_path / "run/checkpoints").iterdir()} == {".writing", "step-00000003"}
     succeed(Run([*argv, "--resume"]))
     assert_same_run(undisturbed.out, tmp_path / "run")
     text = Run(options(world, tmp_path / "none"), partial(limit_file_size, 20_000)).fail()
-    assert "cannot save" in text and "the start" in text
+    assert "cannot save" in text
 
 
 def test_no_room_for_the_encoder(undisturbed, world, tmp_path):
@@ -896,7 +734,7 @@ def test_resume_looks_in_the_folder_that_the_run_writes_to(world, tmp_path, monk
     s = train.parse(options(world, None, resume=True))
     assert s.out == str(tmp_path / "out") and s.seed == 5
     assert train.parse(["--resume"]).seed == 7
-    assert "gone/config.json is missing: there is no run to resume" in error(
+    assert "gone/config.json is missing" in error(
         capsys, "--resume", "--out", "gone")
 
 
@@ -916,28 +754,20 @@ def test_resume_wants_the_same_settings(undisturbed, world, tmp_path, capsys):
                              [r | {"split": swap.get(r["split"], "test")} for r in world.rows])
     assert "splits was " in error(capsys, *options(world, out, resume=True, data=swapped))
     trainer = step_folder(out, STEPS) / "trainer.pt"
-    state = torch.load(trainer)
-    # a checkpoint from before there were these: they had the default
-    for newer in ("loss", "task_weights", "checksum", "splits"):
-        del state["settings"][newer]
-    torch.save(state, trainer)
-    assert "loss was 'token', is 'example'" in error(
-        capsys, *options(world, out, resume=True, loss="example"))
-    succeed(Run(options(world, out, resume=True)))
     os.truncate(trainer, 1000)
     assert f"{trainer} is damaged" in error(capsys, *options(world, out, resume=True))
 
 
 def tell_instructions():
     """A run's patch: each update prints what it asks."""
-    summed = train.weighted_sum
+    weights = train.token_weights
 
-    def tell(s, batch, losses):
+    def tell(batch, loss):
         for text in batch.instructions:
             print("asked:", text)
-        return summed(s, batch, losses)
+        return weights(batch, loss)
 
-    train.weighted_sum = tell
+    train.token_weights = tell
 
 
 def test_other_languages_ask_in_training_alone(undisturbed, world, tmp_path, capsys):
@@ -947,7 +777,6 @@ def test_other_languages_ask_in_training_alone(undisturbed, world, tmp_path, cap
              if line.startswith("asked: ")}
     assert asked == {"How high?", "How loud?", "Was ist zu hören?", "Что слышно?",
                      *TEMPLATES["sound_event"]}
-    assert "asked in English alone (TRANSLATIONS in data.py): height, level\n" in said
     usual = metrics(undisturbed.out)
     assert metrics(out)[:2] == usual[:2]  # held-out losses and answers before training
     questions = [[a["instruction"] for a in line["answers"]] for line in metrics(out)
@@ -959,7 +788,7 @@ def test_other_languages_ask_in_training_alone(undisturbed, world, tmp_path, cap
 
 def test_a_valid_split_that_no_row_has_is_said(world, tmp_path):
     run = succeed(Run(options(world, tmp_path / "run", valid_split="dev", steps=1)))
-    assert "no row has split 'dev' (--valid-split): no held-out loss" in run.out
+    assert "split 'dev': 0 rows held out" in run.out
     assert ("held-out loss:" not in run.out
             and not any("held_out" in line for line in metrics(tmp_path / "run")))
 
@@ -972,8 +801,7 @@ def test_splits_are_said_with_what_is_done_with_them(world, tmp_path):
     assert ("split 'train': 48 rows to train on" in said
             and "split 'validation': 12 rows left out" in said)
     assert ("split 'test': 12 rows left out" in said
-            and "no row has split 'valid' (--valid-split)" in said)
-    assert "note: all 1 updates are warm-up (--warmup 2)" in said
+            and "split 'valid': 0 rows held out" in said)
 
 
 def test_a_models_folder_is_not_taken_for_a_run(world, tmp_path, capsys):
@@ -994,14 +822,6 @@ def test_a_finished_run_without_checkpoints_is_not_overwritten(
         assert ("holds " in (text := error(capsys, *options(world, out, resume=resume)))
                 and "another --out" in text)
     assert sorted(p.name for p in out.iterdir()) == ["encoder"]
-
-
-def test_a_task_that_could_not_be_read_at_the_start_is_reported_later(monkeypatch, capsys):
-    monkeypatch.setattr(train, "evaluate", lambda *a: {"old": 1.0, "new": 2.0})
-    log = SimpleNamespace(s=SimpleNamespace(questions=0, steps=9), batches=None,
-                          write=lambda *a, **k: 0, time=0.0)
-    train.report(log, None, 5, {"old": 3.0})
-    assert capsys.readouterr().out == "step 5/9  held-out loss: old 3.000 -> 1.000  new 2.000\n"
 
 
 def test_an_evaluation_forks_nothing(world, monkeypatch):
@@ -1037,12 +857,16 @@ def test_a_run_of_non_finite_updates_changes_nothing_and_ends(world, tmp_path):
 
 
 def test_a_row_is_named_when_one_of_its_two_draws_is_not_finite(world, tmp_path, capsys):
-    batches = SimpleNamespace(rows=SimpleNamespace(name="row {}".format, tasks=["a"]))
-    log = train.Log(train.Settings(out=str(tmp_path), device="cpu", precision="fp32"), batches, 0)
-    parts = [(SimpleNamespace(rows=[7, 8], answer_tokens=[1, 2]),
+    class Ten(list):
+        name = "row {}".format
+
+    log = train.Log(train.Settings(out=str(tmp_path), device="cpu", precision="fp32"),
+                    SimpleNamespace(rows=Ten(range(10)), sample_rate=1), 0)
+    more = dict(skipped=[], samples=torch.tensor([1, 1]))
+    parts = [(SimpleNamespace(rows=[7, 8], answer_tokens=[1, 2], **more),
               torch.tensor([1.0, 2.0, math.nan])),
-             (SimpleNamespace(rows=[9, 8], answer_tokens=[1, 1]), torch.tensor([2.0, 3.0]))]
-    log.bad_update(5, parts, math.nan)
+             (SimpleNamespace(rows=[9, 8], answer_tokens=[1, 1], **more), torch.tensor([2.0, 3.0]))]
+    log.update(5, parts, math.nan)
     assert capsys.readouterr().err == "step 5: gradient norm is nan, update left out; rows: row 8\n"
 
 
@@ -1069,27 +893,12 @@ def test_dirty_data_is_named_and_left_out(world, tmp_path):
     said, lines = both[0].err + both[1].err, metrics(tmp_path / "run")
     assert f"skipped: {data}:{text + 1} (clips/text.wav): " in said
     assert f"skipped: {data}:{gone + 1} (gone.wav): " in said and "gone.wav: No such file" in said
-    skipped = [n for line in lines for n in line.get("skipped", {}).items()]
-    assert ({task for task, _ in skipped} == {rows[text]["task"]}
-            and sum(n for _, n in skipped) == said.count("text.wav"))
+    assert sum(line.get("skipped", 0) for line in lines) == said.count("text.wav")
     left_out = [line for line in lines if "non_finite" in line]
     assert 0 < len(left_out) < 8
     assert all(line["rows"] == [f"{data}:{nan + 1} (clips/loud.wav)"] for line in left_out)
     assert said.count(f"rows: {data}:{nan + 1} (clips/loud.wav)") == len(left_out)
     assert all(v.isfinite().all() for v in weights(tmp_path / "run", 8).values())
-
-
-def test_fp16_that_overflows_in_the_decoder_is_named_as_that(world, tmp_path):
-    folder = tmp_path / "decoder"
-    shutil.copytree(world.decoder, folder)
-    tensors = load_file(folder / "model.safetensors")
-    for name in tensors:
-        if name.endswith(("o_proj.weight", "down_proj.weight", "embed_tokens.weight")):
-            tensors[name] = (tensors[name] * 2.0**17).clamp(-6e4, 6e4)
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    run = Run(options(world, tmp_path / "run", decoder=folder, precision="fp16"))
-    assert "no loss is finite: the model overflows in fp16; use --precision bf16" in run.fail()
-    assert "rows:" not in run.err  # healthy rows are not blamed
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -1103,18 +912,20 @@ def test_too_many_unreadable_clips_end_the_run(world, tmp_path, workers):
     assert len(set(run.err.splitlines()[:-1])) >= 10  # each by its name
 
 
-def test_an_error_in_a_worker_is_one_line(world, tmp_path):
+def test_an_error_in_a_worker_names_the_clip(world, tmp_path):
     rows = [row | {"audio": "clips/missing.wav", "seconds": 0.5} for row in world.rows]
     data = write_manifest(world.folder / "gone.jsonl", rows)
-    text = Run(options(world, tmp_path / "run", data=data, workers=1)).fail()
-    assert "clips in a row cannot be read" in text and "clips/missing.wav: No such file" in text
+    run = Run(options(world, tmp_path / "run", data=data, workers=1)).wait()
+    text = run.err.splitlines()[-1]
+    assert run.code == 1 and "clips in a row cannot be read" in text
+    assert "clips/missing.wav: No such file" in text
 
 
 # ---------------------------------------------------------------- flags and start-up errors
 
 @pytest.mark.parametrize("changes, says", [
     (dict(encoder=None), "--data needs --encoder"),
-    (dict(decoder=None), "--data needs --decoder"),
+    (dict(decoder=None), "--data needs --encoder and --decoder"),
     (dict(encoder="nowhere"), "nowhere/config.json is missing"),
     (dict(decoder="nowhere"), "nowhere/config.json is missing"),
     (dict(data="nowhere.jsonl"), "nowhere.jsonl: no such manifest or tar"),
@@ -1123,10 +934,6 @@ def test_an_error_in_a_worker_is_one_line(world, tmp_path):
     (dict(steps=0), "--steps is 0"),
     (dict(stack=0, freeze_encoder=0),
      "stack is 0, no adapter, but the encoder is 48 wide and the decoder 56"),
-    (dict(stack=0), "--stack 0 is no adapter, which --freeze-encoder would train alone"),
-    (dict(words="speech"), "--words: no row to train on has task 'speech'"),
-    (dict(words="height", task_weights=["height=0", "level=1"]),
-     "--words: no row to train on has task 'height'"),
     (dict(lr_decoder=-1), "--lr-decoder is -1"),
     (dict(batch_seconds=-1), "--batch-seconds is -1"),
     (dict(grad_clip=0), "--grad-clip is 0"),
@@ -1134,8 +941,8 @@ def test_an_error_in_a_worker_is_one_line(world, tmp_path):
     (dict(save_every=0), "--save-every is 0; it must be above 0"),
     (dict(threads=-1), "--threads is -1; it must be 0 or more"),
     (dict(lr_encoder=-1), "--lr-encoder is -1"),
-    (dict(task_weights=["height"]), "--task-weights takes TASK=NUMBER, not height"),
-    (dict(task_weights=["height=much"]), "--task-weights takes TASK=NUMBER, not height=much"),
+    (dict(task_weights=["height"]), "could not convert string to float: 'height'"),
+    (dict(task_weights=["height=much"]), "could not convert string to float: 'much'"),
     (dict(task_weights=["height=-1"]),
      "task weights {'height': -1.0}: each must be a number of 0 or more"),
     (dict(task_weights=["height=0"]),
@@ -1145,11 +952,6 @@ def test_an_error_in_a_worker_is_one_line(world, tmp_path):
 def test_settings_that_cannot_work(world, tmp_path, capsys, changes, says):
     assert says in error(capsys, *options(world, tmp_path / "run", **changes))
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_no_gpu(world, tmp_path, capsys):
-    assert "--device" in error(capsys, *options(world, tmp_path / "run", device="cuda"))
 
 
 @pytest.mark.parametrize("line, says", [

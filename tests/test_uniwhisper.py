@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import uniwhisper
+from ablations.clap import clap_mel
 from conftest import (RATE, VOCABULARY, assert_one_line, joint_model, make_qwen, make_tokenizer,
                       noise, tone, write_clip, write_manifest)
 from data import read_audio
-from uniwhisper import (ChatTokenizer, QwenDecoder, WhisperDecoder, WhisperEncoder, clap_mel,
-                        encoder_lengths, load_decoder, load_encoder, load_run, log_mel_spectrogram,
-                        newest_checkpoint, token_mask)
+from uniwhisper import (ChatTokenizer, QwenDecoder, WhisperEncoder, encoder_lengths, load_decoder,
+                        load_encoder, load_run, log_mel_spectrogram, newest_checkpoint, token_mask)
 
 WINDOW = 30 * RATE
 transformers = pytest.importorskip("transformers")
@@ -145,7 +145,7 @@ def test_features_of_a_clip_do_not_depend_on_its_batch(whisper):
             assert not features[i, t[0]:].any()  # padding is zero
 
 
-def test_padded_tokens_are_masked_and_zero(whisper):
+def test_padded_tokens_are_masked(whisper):
     encoder = WhisperEncoder.from_pretrained(whisper[0]).eval()
     mel = log_mel_spectrogram(noise(16_000)[None]).repeat(2, 1, 1)
     mel[1, :, 60:] = 7.0  # beyond 30 tokens: must not be seen
@@ -153,7 +153,7 @@ def test_padded_tokens_are_masked_and_zero(whisper):
         seen = encoder(mel)
         masked = encoder(mel, torch.tensor([30, 30]))
     assert not torch.allclose(seen[0, :30], seen[1, :30])
-    assert torch.equal(masked[0], masked[1]) and not masked[:, 30:].any() and masked[:, :30].all()
+    assert torch.equal(masked[0, :30], masked[1, :30])
 
 
 def test_clips_over_30_s_go_through_in_windows(whisper):
@@ -214,9 +214,9 @@ def test_clips_or_a_clip_of_any_float_type_are_encoded(whisper):
         half = encoder.encode(audio.half(), torch.tensor([RATE]))[0]
         assert (half.dtype == torch.float32
                 and torch.equal(half, encoder.encode(audio.half().float())[0]))
-    for bad, says in (((audio * 32767).short(), "audio is torch.int16; need floats from -1 to 1"),
-                      (audio[None], r"audio has shape \(1, 1, 16000\); need \(B, S\), or \(S,\)")):
-        with pytest.raises(ValueError, match=says):
+    for bad, says in (((audio * 32767).short(), r"torch.int16 of shape \(1, 16000\)"),
+                      (audio[None], r"audio is torch.float32 of shape \(1, 1, 16000\)")):
+        with pytest.raises(ValueError, match=says + r"; need floats from -1 to 1, \(B, S\) or"):
             encoder.encode(bad)
 
 
@@ -236,36 +236,6 @@ def test_pooled_features_are_the_mean_over_real_tokens(whisper):
             assert encoder.pooled(audio[0, :9_000]).dtype == torch.float32
 
 
-def test_without_a_gradient_clips_pass_a_few_at_a_time(whisper, monkeypatch):
-    encoder, samples = (load_encoder(whisper[0]).eval(),
-                        torch.tensor([WINDOW + 9_000, 16_000, 9_000, WINDOW + 320]))
-    audio, calls = torch.zeros(4, WINDOW + 9_000), []
-    for clip, n in zip(audio, samples.tolist()):
-        clip[:n] = noise(n, seed=n)
-    encode_window = encoder.encode_window
-
-    def counted(audio, lengths):
-        assert audio.shape[1] <= WINDOW
-        calls.append(len(audio))
-        return encode_window(audio, lengths)
-
-    monkeypatch.setattr(encoder, "encode_window", counted)
-    whole, lengths = encoder.encode(audio, samples)
-    assert calls == [4, 2] and whole.requires_grad
-    for seconds, expected in ((90, [3, 1, 2]), (1, [1] * 6)):
-        calls.clear()
-        monkeypatch.setattr(uniwhisper, "SECONDS_AT_ONCE", seconds)
-        with torch.no_grad():
-            features, tokens = encoder.encode(audio, samples)
-        assert calls == expected and tokens.equal(lengths)
-        assert_close(features, whole.detach(), 1e-5)
-    calls.clear()
-    monkeypatch.setattr(uniwhisper, "SECONDS_AT_ONCE", 30)
-    with torch.no_grad():
-        encoder.encode(torch.zeros(40, RATE))
-    assert calls == [30, 10]  # by their own length
-
-
 def test_the_module_works_beside_others_of_the_same_names(whisper, tmp_path):
     for name in ("adapter", "data"):
         (tmp_path / f"{name}.py").write_text("raise SystemExit('not this one')")
@@ -275,20 +245,16 @@ sys.path[:0] = [{str(tmp_path)!r}]
 sys.path.append({str(Path(uniwhisper.__file__).parent)!r})
 sys.modules["adapter"] = sys
 import torch
-from uniwhisper import load_encoder, new_adapter
-encoder = load_encoder({str(whisper[0])!r})
-encoder.audio_rms = lambda: 1.0
-features, _ = encoder.encode(torch.zeros(16000))
-print(new_adapter(encoder, encoder, 4)(features).shape, "data" in sys.modules)
+from uniwhisper import load_encoder
+features, _ = load_encoder({str(whisper[0])!r}).encode(torch.zeros(16000))
+print(features.shape, "data" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd="/", capture_output=True, text=True)
-    assert done.stdout == "torch.Size([1, 13, 48]) False\n", done.stderr
+    assert done.stdout == "torch.Size([1, 50, 48]) False\n", done.stderr
 
 
-def test_too_many_frames_or_layers_are_refused(whisper):
+def test_too_many_layers_are_refused(whisper):
     encoder = WhisperEncoder.from_pretrained(whisper[0])
-    with pytest.raises(ValueError, match="3002 frames; at most 3000"):
-        encoder(torch.zeros(1, 80, 3002))
     with pytest.raises(ValueError, match="layer is 3; this encoder has layers 0 to 2"):
         encoder.keep_layers(3)
 
@@ -387,8 +353,6 @@ def test_claps_features_of_a_clip_do_not_depend_on_its_batch_or_mode(clap):
             alone = torch.cat([encoder.encode(window)[0][0] for window in windows])
             assert_close(features[i, : tokens[i]], alone, 1e-5)
             assert not features[i, tokens[i]:].any()
-        for many, sizes in ((24, [24]), (25, [24, 1])):  # each fills a window, of 10 s
-            assert [len(clips) for clips in encoder.pieces(torch.arange(many), 1)] == sizes
         silent, _ = encoder.encode(clips[2], pad_to_window=True)
         padded, _ = encoder.encode(F.pad(clips[2], (0, 480_000 - len(clips[2]))))
         assert_close(silent[0], padded[0, :2], 1e-5)
@@ -439,7 +403,6 @@ CLAP_FAULTS = {
     "fused": (edit_audio_config(enable_fusion=True),
               "config.json: enable_fusion is True; need False"),
     "mels": (edit_audio_config(num_mel_bins=80), "config.json: num_mel_bins is 80; need 64"),
-    "depths": (edit_audio_config(depths="two"), "config.json is damaged (Validation error"),
     "weights": (edit_audio_config(depths=[1, 1, 1, 1]), "weights do not fit: "),
     "sound": (lambda folder: (folder / "preprocessor_config.json").write_text(
                   '{"truncation": "fusion"}'),
@@ -460,12 +423,9 @@ def test_a_clap_folder_that_is_not_computed_gives_one_clear_line(clap, tmp_path,
     assert_one_line(e, str(tmp_path), says)
 
 
-def test_clap_without_transformers_is_one_line_and_without_its_layers_too(clap, monkeypatch):
+def test_too_many_layers_of_clap_are_refused(clap):
     with pytest.raises(ValueError, match="layer is 5; this encoder has layers 0 to 4"):
         load_encoder(clap[0]).keep_layers(5)
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ValueError, match="^CLAP needs transformers: pip install transformers$"):
-        load_encoder(clap[0])
 
 
 # ---------------------------------------------------------------- decoder
@@ -620,56 +580,6 @@ def test_whispers_greedy_answers_equal_transformers(kind, request):
     assert decoder.generate(audio, lengths, prompts, 0) == [[], [], []]
 
 
-def suppressing(folder, source, **lists):
-    """A copy of a whole Whisper whose generation_config.json holds these lists and what
-    `generate` asks for."""
-    shutil.copytree(source, folder, dirs_exist_ok=True)
-    t = load_decoder(source).tokenizer
-    settings = {"eos_token_id": t.end, "pad_token_id": t.end, "decoder_start_token_id": t.start,
-                "max_length": 448,
-                "no_timestamps_token_id": t.tokenizer.token_to_id("<|notimestamps|>"),
-                "is_multilingual": t.multilingual}
-    if t.multilingual:
-        settings["lang_to_id"] = {f"<|{code}|>": i for code, i in t.languages.items()}
-        settings["task_to_id"] = {"transcribe": t.tokenizer.token_to_id("<|transcribe|>")}
-    (folder / "generation_config.json").write_text(json.dumps(settings | lists))
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_transcripts_hold_nothing_suppressed_as_in_transformers(kind, request, tmp_path):
-    source, _ = request.getfixturevalue(kind)
-    encoder, tokenizer, mel = (load_encoder(source).eval(), load_decoder(source).tokenizer,
-                               log_mel_spectrogram(noise(WINDOW)[None]))
-    with torch.no_grad():
-        heard = encoder(mel), torch.tensor([1500])
-    prompt = tokenizer.transcription("nl" if tokenizer.multilingual else "en")
-    told = dict(language="nl", task="transcribe") if tokenizer.multilingual else {}
-    seen, lists = [], {}
-    for _ in range(2):  # then without what was said first, and third
-        suppressing(tmp_path, source, **lists)
-        decoder = load_decoder(tmp_path)
-        theirs = transformers.WhisperForConditionalGeneration.from_pretrained(tmp_path)
-        expected = theirs.generate(mel, num_beams=1, max_new_tokens=12, **told)[0].tolist()
-        expected = [i for i in expected[-12:] if i not in prompt and i != tokenizer.end]
-        ours = decoder.generate(*heard, [prompt], 12, transcript=True)[0]
-        assert ours == expected
-        seen.append(ours)
-        lists = dict(suppress_tokens=[ours[2]], begin_suppress_tokens=[ours[0]])
-    assert seen[0] != seen[1] and seen[0][2] not in seen[1] and seen[0][0] != seen[1][0]
-    assert decoder.generate(*heard, [prompt], 12)[0] == seen[0]  # an answer may hold anything
-
-
-def test_what_is_suppressed_is_read_as_in_transformers(talking_whisper, tmp_path):
-    shutil.copytree(talking_whisper[0], tmp_path, dirs_exist_ok=True)
-    edit_config(suppress_tokens=[5, 6], begin_suppress_tokens=[7, 60_000])(tmp_path)
-    (tmp_path / "generation_config.json").write_text('{"suppress_tokens": [9]}')
-    decoder = load_decoder(tmp_path)
-    assert decoder.suppressed == [9] and decoder.suppressed_first == []
-    (tmp_path / "generation_config.json").unlink()
-    decoder = load_decoder(tmp_path)
-    assert decoder.suppressed == [5, 6] and decoder.suppressed_first == [7]  # there is no 60,000
-
-
 def test_whispers_states_of_a_clip_depend_on_nothing_beside_it(talking_whisper):
     decoder = load_decoder(talking_whisper[0])
     audio, lengths = torch.randn(3, 9, 48), torch.tensor([9, 2, 5])
@@ -689,11 +599,10 @@ def test_gradients_pass_through_whispers_frozen_decoder(talking_whisper, recompu
     decoder = load_decoder(talking_whisper[0])
     decoder.checkpoint_layers = recompute
     audio, lengths = torch.randn(2, 6, 48, requires_grad=True), torch.tensor([6, 3])
-    states = decoder.train().answer_states(audio, lengths, [[5, 6], [7]], [[20, 21], [22]])
+    states = decoder.answer_states(audio, lengths, [[5, 6], [7]], [[20, 21], [22]])
     decoder.unembed(states).square().sum().backward()
     assert audio.grad[0].all() and audio.grad[1, :3].all() and not audio.grad[1, 3:].any()
     assert all(p.grad is None and not p.requires_grad for p in decoder.parameters())
-    assert not any(m.training for m in decoder.modules())
 
 
 @pytest.mark.parametrize("kind", ["talking_whisper", "qwen"])
@@ -717,17 +626,11 @@ def test_whispers_prompts_and_answers(talking_whisper, english_whisper):
     t, english = (load_decoder(folder).tokenizer
                   for folder, _ in (talking_whisper, english_whisper))
     spell = lambda ids: t.tokenizer.decode(ids, skip_special_tokens=False)
-    assert list(t.languages) == ["en", "nl", "el"]
-    assert (spell(t.transcription("nl"))
-            == "<|startoftranscript|><|nl|><|transcribe|><|notimestamps|>")
-    assert t.transcription("Dutch") == t.transcription("nl")
-    with pytest.raises(ValueError, match="language is 'ht'; this Whisper knows en, nl, el"):
-        t.transcription("Haitian Creole")
-    assert spell(english.transcription()) == "<|startoftranscript|><|notimestamps|>"
+    assert spell(english.start) == "<|startoftranscript|><|notimestamps|>"
     assert spell(t.prompt("Who speaks?")) == (
         "<|startofprev|> Who speaks?<|startoftranscript|><|en|><|transcribe|><|notimestamps|>")
     assert spell(t.answer("a dog")) == " a dog<|endoftext|>"
-    assert t.decode([*t.transcription("el"), *t.answer("Grüße, 你好"), 51000]) == "Grüße, 你好"
+    assert t.decode([*t.start, *t.answer("Grüße, 你好"), 51000]) == "Grüße, 你好"
     assert spell(t.ids("<|nl|>")) == "<|nl|>" and len(t.ids("<|nl|>")) > 1  # spelt as plain text
 
 
@@ -736,10 +639,9 @@ def test_too_many_tokens_for_whispers_positions_are_one_line(talking_whisper):
                                torch.tensor([2]))
     decoder.answer_states(audio, lengths, [[5] * 400], [[6] * 49])
     decoder.generate(audio, lengths, [[5] * 446], 2)
-    for call, answer in ((decoder.answer_states, [[6] * 50]), (decoder.generate, 49)):
-        with pytest.raises(ValueError) as e:
-            call(audio, lengths, [[5] * 400], answer)
-        assert_one_line(e, "prompt and answer have 449 tokens; Whisper's decoder takes 448")
+    with pytest.raises(ValueError) as e:
+        decoder.answer_states(audio, lengths, [[5] * 400], [[6] * 50])
+    assert_one_line(e, "prompt and answer have 449 tokens; Whisper's decoder takes 448")
 
 
 def test_joint_model_with_whispers_decoder(talking_whisper):
@@ -955,7 +857,7 @@ def cut_weights(folder):
 
 BAD_FOLDERS = {  # what is done to a good folder, and what the one line must name
     "no config": (remove("config.json"), "config.json is missing"),
-    "config is not JSON": (write("config.json", "{"), "config.json is damaged (not JSON"),
+    "config is not JSON": (write("config.json", "{"), "config.json is damaged ("),
     "config is a list": (write("config.json", "[]"), "config.json"),
     "another architecture": (edit_config(model_type="llama"), "model_type is 'llama'"),
     "config lacks a size": (remove_key("hidden_size"), "config.json: hidden_size is 'missing'"),
@@ -968,9 +870,6 @@ BAD_FOLDERS = {  # what is done to a good folder, and what the one line must nam
                        "hidden_size is '56'; need a whole number above 0"),
     "a size is null": (edit_config(num_key_value_heads=None),
                        "num_key_value_heads is None; need a whole number above 0"),
-    "rope is text": (edit_config(rope_parameters="x"), "rope_parameters is 'x'; need an object"),
-    "index is a list": (write("model.safetensors.index.json", '{"weight_map": []}'),
-                        "weight_map is no object"),
     "missing shard": (remove("model-00002*"), "model-00002"),
     "index is not JSON": (write("model.safetensors.index.json", "{"),
                           "model.safetensors.index.json"),
@@ -979,24 +878,16 @@ BAD_FOLDERS = {  # what is done to a good folder, and what the one line must nam
     "no tokenizer": (remove("tokenizer.json"), "tokenizer.json is missing"),
     "damaged tokenizer": (write("tokenizer.json", "{"), "tokenizer.json"),
     "no chat tokens": (tokenizer_of(), "lacks the token <|im_start|>"),
-    "too many tokens": (tokenizer_of("<|im_start|>", "<|im_end|>", *map(str, range(300))),
-                        "vocab_size is 521; need more than"),
 }
 
 
 BAD_WHISPERS = {
-    "suppressed": (lambda folder: (folder / "generation_config.json").write_text(
-                       '{"suppress_tokens": [1, "a"]}'),
-                   "generation_config.json: suppress_tokens is [1, 'a']; need a list of ids"),
-    "lacks a token": (tokenizer_of("<|translate|>"), "lacks the token <|startoftranscript|>"),
+    "lacks a token": (tokenizer_of("<|translate|>"), "lacks the token <|startofprev|>"),
     "scaled embeddings": (edit_config(scale_embedding=True), "scale_embedding is True"),
     "another activation": (edit_config(activation_function="relu"),
                            "activation_function is 'relu'"),
     "no decoder's size": (remove_key("decoder_layers"), "decoder_layers is 'missing'"),
-    "heads": (edit_config(decoder_attention_heads=5),
-              "d_model is 48; need a multiple of the heads"),
     "fewer layers": (edit_config(decoder_layers=1), 'Unexpected key(s) in state_dict: "layers.1.'),
-    "small vocabulary": (edit_config(vocab_size=90), "vocab_size is 90; need more than"),
 }
 
 
@@ -1038,13 +929,12 @@ def test_bad_decoder_folder_gives_one_clear_line(fault, whisper, sharded_qwen, t
                                      {"Sequence": {"id": "A", "type_id": 0}}],
                              special_tokens={"<|endoftext|>": dict(id="<|endoftext|>", ids=[0],
                                                                    tokens=["<|endoftext|>"])})),
-    dict(model=dict(dropout=0.9)),
 ])
 def test_what_a_saved_tokenizer_carries_along_changes_no_ids(qwen, tmp_path, carried):
     path = tmp_path / "tokenizer.json"
     saved = json.loads((Path(qwen[0]) / "tokenizer.json").read_text())
     for key, value in carried.items():
-        saved[key] = saved[key] | value if key == "model" else value
+        saved[key] = value
     path.write_text(json.dumps(saved))
     clean, ours = ChatTokenizer.from_pretrained(qwen[0]), ChatTokenizer.from_pretrained(tmp_path)
     text = "which language is spoken? the instrument playing a dog barks"
@@ -1052,13 +942,11 @@ def test_what_a_saved_tokenizer_carries_along_changes_no_ids(qwen, tmp_path, car
     assert ours.prompt("x") == clean.prompt("x") and ours.tail == clean.tail
 
 
-def test_of_two_sets_of_weights_transformers_is_read_and_said(sharded_qwen, tmp_path, capsys):
+def test_of_two_sets_of_weights_transformers_is_read(sharded_qwen, tmp_path):
     shutil.copytree(sharded_qwen, tmp_path, dirs_exist_ok=True)
     newer = {k: 2 * v for k, v in uniwhisper.read_weights(tmp_path).items()}
     save_file(newer, tmp_path / "model.safetensors", {"format": "pt"})
-    assert capsys.readouterr().err == ""
     assert_decoder_equals(tmp_path, transformers.Qwen2ForCausalLM.from_pretrained(tmp_path))
-    assert "reading model.safetensors, as transformers does" in capsys.readouterr().err
 
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
@@ -1089,7 +977,7 @@ def test_a_runs_folder_or_a_hubs_name_in_place_of_a_checkpoint(whisper, tmp_path
     (tmp_path / "config.json").write_text('{"steps": 3}')
     with pytest.raises(ValueError) as e:
         load_encoder(tmp_path)
-    assert_one_line(e, str(tmp_path), f"did you mean {tmp_path}/encoder?")
+    assert_one_line(e, str(tmp_path), "of a training run: OUT/encoder")
     with pytest.raises(FileNotFoundError) as e:
         load_decoder("Qwen/Qwen2.5-0.5B-Instruct")
     assert_one_line(e, "Qwen/Qwen2.5-0.5B-Instruct/config.json is missing", "not a hub's name")
@@ -1098,14 +986,6 @@ def test_a_runs_folder_or_a_hubs_name_in_place_of_a_checkpoint(whisper, tmp_path
 def test_a_saved_folder_can_be_read_by_others(whisper, tmp_path):
     load_encoder(whisper[0]).save(tmp_path, whisper[0])
     assert all(path.stat().st_mode & 0o044 == 0o044 for path in tmp_path.iterdir())
-
-
-def test_heads_that_do_not_divide_the_width_are_refused(whisper, tmp_path):
-    shutil.copytree(whisper[0], tmp_path, dirs_exist_ok=True)
-    edit_config(encoder_attention_heads=5)(tmp_path)
-    with pytest.raises(ValueError) as e:
-        load_encoder(tmp_path)
-    assert_one_line(e, str(tmp_path), "d_model is 48; need a multiple of the heads")
 
 
 def test_a_qwen_folder_is_refused_as_an_encoder(qwen):
@@ -1175,7 +1055,7 @@ def test_load_run_takes_the_newest_whole_checkpoint(run, model):
     assert torch.equal(loaded(batch), model(batch))
     shutil.rmtree(run / "checkpoints")
     assert newest_checkpoint(run) is None
-    with pytest.raises(FileNotFoundError, match="no config.json with a finished checkpoint"):
+    with pytest.raises(FileNotFoundError, match="no finished checkpoint"):
         load_run(run)
 
 
@@ -1285,159 +1165,6 @@ def test_ask_prints_the_answer(run, tmp_path, monkeypatch, capsys):
         noise(RATE)[None], torch.tensor([RATE]), ["Who speaks?"], 7)[0] + "\n"
 
 
-def test_a_repetition_is_known_by_its_last_32_tokens():
-    assert uniwhisper.repeated([1, 2, 3] + [7] * 32) == 1 and not uniwhisper.repeated([7] * 31)
-    assert uniwhisper.repeated([5, 6] * 16) == 2 and not uniwhisper.repeated([5, 6] * 15 + [5, 7])
-    assert (uniwhisper.repeated(list(range(8)) * 4) == 8
-            and not uniwhisper.repeated(list(range(9)) * 4))
-
-
-def test_languages_are_detected_as_the_most_probable(talking_whisper, english_whisper):
-    decoder, (_, theirs) = load_decoder(talking_whisper[0]), talking_whisper
-    audio, lengths = (torch.randn(8, 5, 48, generator=torch.Generator().manual_seed(0)),
-                      torch.full((8,), 5))
-    found, t = decoder.detect_languages(audio, lengths), decoder.tokenizer
-    for clip, language in zip(audio, found):
-        logits = their_logits(theirs, clip, 5, [t.start])[0]
-        assert all(logits[t.languages[language]] >= logits[i] for i in t.languages.values())
-    assert len(set(found)) > 1
-    assert load_decoder(english_whisper[0]).detect_languages(audio, lengths) == ["en"] * 8
-
-
-@pytest.fixture
-def scripted(monkeypatch):
-    """Whisper's decoder says what it is told, a text a window; notes each batch's prompts and
-    audio tokens."""
-    texts, heard = [], []
-
-    def greedy(self, read, embeds, chats, max_new_tokens, transcript=False):
-        assert transcript and max_new_tokens == 448 - len(chats[0])
-        (audio_keys, mask), answers = read.args[0], []
-        lengths = ([audio_keys[0][0].shape[2]] * len(chats) if mask is None
-                   else mask.sum((1, 2, 3)).tolist())
-        heard.append(list(zip(chats, lengths)))
-        for _ in chats:
-            answers.append([])
-            for token in self.tokenizer.answer(texts.pop(0))[:-1]:
-                answers[-1].append(token)
-                if uniwhisper.repeated(answers[-1]):
-                    break
-        return answers
-
-    monkeypatch.setattr(WhisperDecoder, "greedy", greedy)
-    return texts, heard
-
-
-@pytest.mark.parametrize("context, lengths", [
-    ("30s", [[1500, 1500], [1500, 1500]]),
-    ("clip", [[100, 1500], [100, 1500]]),
-])
-def test_transcribe_says_each_window_in_the_language_given(talking_whisper, tmp_path, monkeypatch,
-                                                           capsys, scripted, context, lengths):
-    texts, heard = scripted
-    texts += ["kort", "een hond", "blaft", "en een kat"]  # first windows first, short ones first
-    long, short = (write_clip(tmp_path / "long.wav", tone(62)),
-                   write_clip(tmp_path / "short.wav", tone(2)))
-    command(monkeypatch, "transcribe", long, short, "--encoder", talking_whisper[0],
-            "--language", "nl", "--context", context)
-    said = capsys.readouterr()
-    assert said.out == f"{long}: een hond en een kat blaft\n{short}: kort\n" and not said.err
-    prompt = load_decoder(talking_whisper[0]).tokenizer.transcription("nl")
-    assert heard == [[(prompt, length) for length in batch] for batch in lengths]
-
-
-@pytest.mark.parametrize("context", ["30s", "clip"])
-def test_a_batch_changes_no_transcript(talking_whisper, monkeypatch, context):
-    encoder, decoder = load_encoder(talking_whisper[0]).eval(), load_decoder(talking_whisper[0])
-    decoder.window = 24
-    # random weights say few letters, but many ids
-    monkeypatch.setattr(decoder.tokenizer, "decode", str)
-    monkeypatch.setattr(uniwhisper, "WINDOWS", 3)
-    clips = [noise(n, seed=n) for n in (9_000, WINDOW + 7_000, 500, 31_000)]
-    languages = ["nl", "", "", "el"]
-    with torch.inference_mode():
-        decoder.embed_positions.weight.mul_(20)  # else they repeat themselves
-        together = uniwhisper.transcribe_clips(encoder, decoder, clips, languages, context)
-        for audio, language, *said in zip(clips, languages, *together):
-            alone = uniwhisper.transcribe_clips(encoder, decoder, [audio], [language], context)
-            assert [[value] for value in said] == list(alone)
-    texts, found, _ = together
-    assert len(set(texts)) > 2 and texts[1].count("[") == 2
-    assert found[0] == "nl" and found[1] in decoder.tokenizer.languages and found[3] == "el"
-
-
-def test_transcribe_keeps_the_order_of_its_arguments(talking_whisper, tmp_path, monkeypatch,
-                                                     capsys):
-    paths = [write_clip(tmp_path / f"{n}.wav", tone(seconds))
-             for n, seconds in enumerate((0.3, 0.1, 0.4, 0.2))]
-    (gone := tmp_path / "gone.wav").write_text("no sound")
-    monkeypatch.setattr(uniwhisper, "WINDOWS", 2)
-    monkeypatch.setattr(uniwhisper, "transcribe_clips", lambda encoder, decoder, clips, *_: (
-        [str(len(clip)) for clip in clips], clips, [[]] * len(clips)))
-    with pytest.raises(SystemExit) as e:
-        command(monkeypatch, "transcribe", paths[0], gone, *paths[1:], paths[0],
-                "--encoder", talking_whisper[0])
-    assert_one_line(e, f"error: skipped: {gone}")
-    samples = [4800, 1600, 6400, 3200, 4800]
-    lines = [f"{path}: {n}" for path, n in zip([*paths, paths[0]], samples)]
-    assert capsys.readouterr().out.splitlines() == lines
-
-
-def test_transcribe_stops_a_repetition_and_says_so(talking_whisper, tmp_path, monkeypatch, capsys,
-                                                   scripted):
-    scripted[0].append("which dog" + " barks barks again" * 40)
-    clip = write_clip(tmp_path / "a.wav")
-    command(monkeypatch, "transcribe", clip, "--encoder", talking_whisper[0], "--language", "en")
-    said = capsys.readouterr()
-    kept = said.out.removeprefix(f"{clip}: which dog").split()
-    assert kept[:3] == ["barks", "barks", "again"][: len(kept)] and len(kept) < 9
-    assert said.err.startswith(f"note: {clip}: stopped where it only repeated '")
-
-
-def test_greedy_answers_stop_at_a_repetition(talking_whisper, monkeypatch):
-    decoder = load_decoder(talking_whisper[0])
-    monkeypatch.setattr(decoder, "unembed", lambda states: F.one_hot(
-        torch.full(states.shape[:1], 9), 60000).float())
-    audio, lengths = torch.randn(2, 5, 48), torch.tensor([5, 4])
-    assert decoder.generate(audio, lengths, [[1]] * 2, 50) == [[9] * 50] * 2
-    assert decoder.generate(audio, lengths, [[1]] * 2, 50, transcript=True) == [[9] * 32] * 2
-
-
-def test_transcribe_equals_transformers(english_whisper, tmp_path, monkeypatch, capsys):
-    folder, theirs = english_whisper
-    audio = noise(RATE)
-    decoder = load_decoder(folder)
-    mel = log_mel_spectrogram(F.pad(audio, (0, WINDOW - RATE))[None])
-    ids = decoder.tokenizer.transcription()
-    with torch.no_grad():
-        encoded = theirs.get_encoder()(mel).last_hidden_state[0]
-        for _ in range(446):
-            ids.append(int(their_logits(theirs, encoded, 1500, ids)[-1].argmax()))
-            if ids[-1] == decoder.tokenizer.end or uniwhisper.repeated(ids[2:]):
-                break
-    length = uniwhisper.repeated(ids[2:])
-    expected = decoder.tokenizer.decode(ids[2:][: length - 32 if length else None])
-    clip = write_clip(tmp_path / "a.wav", audio.numpy(), subtype="FLOAT")
-    command(monkeypatch, "transcribe", clip, "--encoder", folder)
-    assert capsys.readouterr().out == f"{clip}: {expected}\n"
-
-
-@pytest.mark.parametrize("kind, language, says", [
-    ("talking_whisper", "fr", "language is 'fr'; this Whisper knows en, nl, el"),
-    ("english_whisper", "nl", "language is 'nl'; this Whisper knows en"),
-    ("whisper", "", "tokenizer.json is missing"),
-    ("talking_whisper", "en", "skipped: "),
-])
-def test_what_transcribe_cannot_do_is_one_line(kind, language, says, request, tmp_path,
-                                               monkeypatch):
-    clip = tmp_path / "a.wav"
-    clip.write_text("no sound")
-    with pytest.raises(SystemExit) as e:
-        command(monkeypatch, "transcribe", clip, "--encoder", request.getfixturevalue(kind)[0],
-                "--language", language)
-    assert_one_line(e, "error: ", says)
-
-
 @pytest.mark.parametrize("blend", [1, 0.5])
 @pytest.mark.parametrize("kind, stack",
                          [("talking_whisper", 0), ("talking_whisper", 4), ("qwen", 4)])
@@ -1472,20 +1199,15 @@ def test_export_writes_the_newest_encoder_or_a_blend(run, whisper, tmp_path, mon
     assert torch.equal(theirs.decoder.layers[0].fc1.weight, whisper[1].decoder.layers[0].fc1.weight)
 
 
-def test_export_writes_a_model_card_with_the_runs_own_scores(run, whisper, tmp_path, monkeypatch):
-    edit_config(tasks={"drum": 326, "voice": 567}, hours=0.44)(run)
-    (Path(whisper[0]) / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
-    command(monkeypatch, "export", "--run", run, tmp_path / "a")
+def test_export_writes_a_model_card(run, tmp_path, monkeypatch):
+    edit_config(tasks={"drum": 326, "voice": 567}, hours=0.44, lr_encoder=4e-5)(run)
+    command(monkeypatch, "export", "--run", run, tmp_path / "a", "--blend", 0.5)
     card = (tmp_path / "a/README.md").read_text()
     front, _, text = card.removeprefix("---\n").partition("---\n")
-    assert ("license: apache-2.0" in front.splitlines()
-            and "pipeline_tag: feature-extraction" in front)
-    assert "\n2 updates on 0.4 hours" in text and "| drum | 326 |" in text and "None yet" in text
-    assert "every\n20 ms" in text
-    scores = {"tasks": {"drum": {"metric": "accuracy", "knn": 0.61811, "mlp": None}}}
-    (run / "scores.json").write_text(json.dumps({"encoders": {str(run / "encoder"): scores}}))
-    command(monkeypatch, "export", "--run", run, tmp_path / "b")
-    assert "| drum | accuracy | encoder | 0.618 | - |" in (tmp_path / "b/README.md").read_text()
+    assert "pipeline_tag: feature-extraction" in front
+    for part in ("0.4 hours of audio; 2 updates", "'drum': 326", "every 20 ms",
+                 "stack 4, lr_encoder 4e-05, steps 2, blend 0.5"):
+        assert part in text
 
 
 def test_command_line_tells_what_is_wrong_in_one_line(whisper, tmp_path):

@@ -29,9 +29,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
 from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 from data import Rows  # noqa: E402
-from probe import word_error_rate  # noqa: E402
 from uniwhisper import (SAMPLE_RATE, TOKEN, load_decoder, load_encoder, load_run,  # noqa: E402
                         transcribe_clips)
 
@@ -46,6 +45,22 @@ def plain(text: str) -> str:
         if not unicodedata.category(c).startswith("P"):
             kept.append(c)
     return "".join(kept)
+
+
+def word_error_rate(guesses, truths):
+    """Substituted, missing and inserted words per true word, in lower case."""
+    errors = words = 0
+    for guess, truth in zip(guesses, truths, strict=True):
+        guess, truth = guess.lower().split(), truth.lower().split()
+        costs = list(range(len(guess) + 1))  # edit distance
+        for i, word in enumerate(truth):
+            above, costs = costs, [i + 1]
+            for j, other in enumerate(guess):
+                swap = above[j] + (word != other)
+                costs.append(min(swap, above[j + 1] + 1, costs[j] + 1))
+        errors += costs[-1]
+        words += len(truth)
+    return errors / max(1, words)
 
 
 def language_code(rows: Rows, i: int) -> str:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # README's result, from weights and clips to the picture. What is done is not done again.
 #
-#     tests/recipe.sh WEIGHTS SUITE TRANSFER OUT        # some hours of a CPU for each seed
+#     tests/recipe/recipe.sh WEIGHTS SUITE TRANSFER OUT        # some hours of a CPU for each seed
 #
 # WEIGHTS holds whisper-base/, SUITE the eleven manifests below, TRANSFER those whose clips come
 # from other sources than training's. In the environment:
@@ -12,7 +12,7 @@
 #         none, the one that reads Dutch best. (0.25 is too near to read a clip at its own length.)
 # FLITE   a folder of make_flite.py, whose words are then judged on valid, too
 set -euo pipefail
-here=$(realpath "$(dirname "$0")/..")
+here=$(realpath "$(dirname "$0")/../..")
 mkdir -p "$4"
 ln -sfn "$(realpath "$1")" "$4/weights"
 ln -sfn "$(realpath "$2")" "$4/suite"
@@ -33,7 +33,7 @@ probe() {  # JSON FLAGS...; probe.py writes after each task, so only a whole fil
 }
 
 outside() {  # JSON wer|knn FLAGS...
-    [ -f "$1" ] || python "$here/tests/outside.py" "${@:2}" --json "$1"
+    [ -f "$1" ] || python "$here/tests/recipe/outside.py" "${@:2}" --json "$1"
 }
 
 # ---- training
@@ -90,4 +90,4 @@ outside neighbours.json knn --encoder "$untouched" "${trained[0]}" \
 [ -f look.json ] || python "$here/tests/look.py" \
     --encoder "$untouched" "${trained[0]}" "$first/share-1" --names untouched "share $share" \
     trained --data suite/{voice,pitch}.jsonl --json look.json --picture look.png
-python "$here/tests/plot.py" .
+python "$here/tests/recipe/plot.py" .

@@ -1,11 +1,11 @@
 """How fast is it? Ours beside the obvious implementation with transformers,
 and beside the device's own limit, in one run.
 
-    python tests/benchmark.py --encoder DIR --decoder DIR --data suite/*.jsonl \\
+    python tests/benchmarks/benchmark.py --encoder DIR --decoder DIR --data suite/*.jsonl \\
         [--device cuda] [--precision bf16]
-    python tests/benchmark.py --encoder random:whisper-large-v3 --decoder random:qwen2.5-7b \\
+    python tests/benchmarks/benchmark.py --encoder random:whisper-large-v3 --decoder random:qwen2.5-7b \\
         --data suite/*.jsonl ...
-    python tests/benchmark.py --encoder random:whisper-smoke --decoder random:qwen-smoke \\
+    python tests/benchmarks/benchmark.py --encoder random:whisper-smoke --decoder random:qwen-smoke \\
         --data suite/*.jsonl --batch-seconds 8 --batches 2 --repeats 1 --rows 10000 \\
         --new-tokens 4 --decode-hours 0.01      # does it work? two minutes
 
@@ -50,7 +50,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 import data  # noqa: E402
 import train  # noqa: E402
 import uniwhisper as uw  # noqa: E402

@@ -1,9 +1,9 @@
 """Draws README's pictures of results, and the curves of a training run.
 
-    python tests/plot.py OUT    OUT/metrics.png from the OUT/metrics.jsonl of a run of
+    python tests/recipe/plot.py OUT    OUT/metrics.png from the OUT/metrics.jsonl of a run of
                                 train.py --out OUT
-    python tests/plot.py SCORES.json    SCORES.png from probe.py --json SCORES.json
-    python tests/plot.py RECIPE         RECIPE/scores.svg, RECIPE/heard.svg from the JSON files
+    python tests/recipe/plot.py SCORES.json    SCORES.png from probe.py --json SCORES.json
+    python tests/recipe/plot.py RECIPE         RECIPE/scores.svg, RECIPE/heard.svg from the JSON files
                                         of recipe.sh; without RECIPE in tests/results/recipe/
 
 Needs matplotlib. (tests/results/method.svg is written by hand.)
@@ -21,7 +21,7 @@ try:
 except ImportError:
     matplotlib = None
 
-RECIPE = Path(__file__).parent / "results/recipe"
+RECIPE = Path(__file__).parents[1] / "results/recipe"
 PROBES = {"knn": "kNN", "mlp": "MLP probe"}  # key in the JSON files, name
 
 # Colours that colour-blind readers can tell apart (Okabe and Ito).

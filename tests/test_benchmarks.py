@@ -1,5 +1,5 @@
 """benchmark.py: its FLOPs against torch's own counter, its peer against our model, its view of
-the vocabulary, its settings of the C library. tricks.py: every trick computes the same."""
+the vocabulary, its settings of the C library."""
 import os
 import platform
 import subprocess
@@ -12,7 +12,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import benchmark as bench
-import tricks
 from conftest import noise
 from data import Batch
 from uniwhisper import load_decoder, load_encoder
@@ -146,36 +145,3 @@ def test_the_c_library_keeps_freed_memory_with_the_settings():
         output = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True)
         faults.append(int(output.stdout))
     assert faults[1] < 100 < 2000 < faults[0]
-
-
-def losses_and_gradients(model, batch) -> list[torch.Tensor]:
-    losses = model(batch)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return [losses.detach(), *torch.autograd.grad(losses.mean(), trained)]
-
-
-def difference(model, batch, replacements) -> float:
-    """Largest difference of losses and gradients to the plain code, relative to the largest
-    value of each tensor."""
-    plain, worst = losses_and_gradients(model, batch), 0.0
-    with tricks.replaced(replacements):
-        found = losses_and_gradients(model, batch)
-    for x, y in zip(plain, found, strict=True):
-        largest = max(x.abs().max().item(), 1e-12)
-        worst = max(worst, (x - y).abs().max().item() / largest)
-    return worst
-
-
-@pytest.mark.parametrize("name", [*tricks.TRICKS, "all together"])
-def test_a_trick_computes_the_same_losses_and_gradients(model, name):
-    called, counting = set(), []
-    for where, attribute, by in tricks.TRICKS.get(name, [*tricks.ALL, tricks.PRODUCTS]):
-        def noted(*args, by=by, **more):
-            called.add(by)
-            return by(*args, **more)
-
-        counting.append((where, attribute, noted))
-    # Several lengths, so that there is padding; over 30 s in all, for log-mel's pieces.
-    batch = tricks.new_batch(model.decoder.tokenizer, [11.0, 10.0, 2.0, 9.5])
-    assert difference(model, batch, counting) < 1e-4
-    assert len(called) == len(counting)  # each was really in use

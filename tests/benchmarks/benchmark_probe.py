@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[2]))
 import probe  # noqa: E402
 
 RATE, EPOCHS, BATCH = 1e-3, 30, 32
@@ -78,7 +78,7 @@ def timed(clock, f, *args):
 def compare(task, features, encoder, seeds, clock) -> torch.Tensor:
     """Print a task's line -> its seconds: ours and X-ARES's with 1 seed, then with `seeds`."""
     parts, x = probe.rotations(task, features.owner)[0], features.x
-    y, classes = probe.targets(task, features.owner, encoder.token_seconds), len(task.classes)
+    y, classes = probe.targets(task, features.owner, encoder.token_seconds), len(task.classes())
     one, first = timed(clock, ours, task, features, encoder, 1)
     several, second = timed(clock, ours, task, features, encoder, seeds)
     with open(os.devnull, "w") as null, contextlib.redirect_stderr(null):
