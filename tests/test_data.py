@@ -1,20 +1,19 @@
 """data.py: decoding, resampling, rows of manifests and tars, sampling, batches, bad input."""
-import errno
 import gzip
 import io
 import itertools
 import json
 import math
 import os
-import pickle
 import random
+import re
 import signal
 import struct
 import subprocess
 import sys
 import tarfile
-import time
 from collections import Counter
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -24,11 +23,11 @@ import torch
 
 import data
 from conftest import RATE, assert_one_line, noise, tone, write_clip, write_manifest
-from data import (POOL, TEMPLATES, AudioError, Batches, Rows, held_out, loader, next_rows,
+from data import (POOL, AudioError, Batches, Rows, held_out, loader, next_rows,
                   read_audio, read_templates, resample, sample_batches, task_shares)
 
+TEMPLATES = read_templates()["en"]
 FILE = Path(data.__file__).parent / "weights/instructions.json"
-TRANSLATIONS = {code: texts for code, texts in read_templates(FILE).items() if code != "en"}
 RATES = [8000, 11025, 12000, 16000, 22050, 24000, 32000, 44100, 48000, 96000]
 
 
@@ -110,7 +109,7 @@ def test_audio_cut_short_anywhere_is_refused(kind):
     n = len(raw)
     assert read_audio(raw, RATE).shape == (16_000,)
     for left in (n - 1, n - 2, n - 50, n - 700, n * 3 // 4, n // 2, 100, 30, 4, 1):
-        with pytest.raises(AudioError, match="^clip: (cut short|not readable|holds no samples)"):
+        with pytest.raises(AudioError, match="^clip: (cut short|not readable)"):
             read_audio(raw[:left], name="clip")
 
 
@@ -123,12 +122,10 @@ def with_sizes(data=None, riff=None) -> bytes:
     return bytes(wav)
 
 
-SIZES = [dict(data=0), dict(data=0, riff=0), dict(data=2**31 - 1),
-         dict(data=2**32 - 1, riff=2**32 - 1),  # what ffmpeg writes into a pipe
-         dict(data=2**31 - 2**12), dict(riff=0), dict(riff=8), dict(riff=16_500)]
-
-
-@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("sizes", [
+    dict(data=0), dict(data=0, riff=0), dict(data=2**31 - 1), dict(data=2**31 - 2**12),
+    dict(data=2**32 - 1, riff=2**32 - 1),  # what ffmpeg writes into a pipe
+    dict(riff=0), dict(riff=8), dict(riff=16_500)], ids=str)
 def test_a_wav_with_a_wrong_size_is_read_whole(sizes):
     assert torch.equal(read_audio(with_sizes(**sizes)), read_audio(WAV))
 
@@ -142,15 +139,6 @@ def test_a_wav_with_another_number_of_samples_than_told_is_refused(size):
 def test_a_chunk_behind_a_wavs_samples_is_no_sound():
     chunk = b"LIST" + struct.pack("<I", 12) + b"INFOISFTabcd"
     assert torch.equal(read_audio(WAV + chunk), read_audio(WAV))
-
-
-@pytest.mark.parametrize("kind", ["PCM_16", "PCM_24", "FLOAT", "ULAW", "IMA_ADPCM", "GSM610"])
-def test_wavs_of_every_coding_are_read_and_found_cut(kind):
-    rate = 8000 if kind == "GSM610" else 16_000
-    wav = bytes_of(tone(1.0, rate=rate), rate, format="WAV", subtype=kind)
-    assert 1.0 <= len(read_audio(wav, RATE)) / RATE < 1.05  # blocks are filled up
-    with pytest.raises(AudioError, match="cut short"):
-        read_audio(wav[: len(wav) // 2])
 
 
 def without_length(mp3: bytes) -> bytes:
@@ -177,15 +165,16 @@ def test_an_mp3_that_does_not_tell_its_length_is_read_to_its_end(mode, before, a
         read_audio(mp3[: len(mp3) // 2])
 
 
-@pytest.mark.parametrize("kind", ["WAV", "FLAC", "OGG", "OGG OPUS", "MP3", "AIFF", "RF64", "W64"])
-def test_several_recordings_in_one_file_are_refused(kind):
+@pytest.mark.parametrize("kind", [
+    "WAV", "WAV PCM_24", "WAV ULAW", "WAV IMA_ADPCM", "FLAC", "OGG", "OGG OPUS", "MP3", "AIFF",
+    "RF64", "W64"])
+def test_every_coding_is_read_and_refused_if_cut_or_joined(kind):
     how = dict(zip(("format", "subtype"), kind.split()))
     one = bytes_of(tone(1.0), **how)
-    assert len(read_audio(one)) == RATE
-    with pytest.raises(AudioError, match="several recordings|cut short|not readable"):
-        read_audio(one + bytes_of(tone(2.0, 880), **how))
-    with pytest.raises(AudioError, match="cut short|not readable"):
-        read_audio(one[: len(one) // 2])
+    assert 1.0 <= len(read_audio(one)) / RATE < 1.05  # blocks are filled up
+    for raw in (one + bytes_of(tone(2.0, 880), **how), one[: len(one) // 2]):
+        with pytest.raises(AudioError, match="several recordings|cut short|not readable"):
+            read_audio(raw)
 
 
 @pytest.mark.parametrize("gains, heard", [
@@ -211,7 +200,6 @@ BAD_AUDIO = {
     "m4a": (b"\0\0\0\x20ftypM4A " + bytes(1000), "ffmpeg -i IN OUT.flac"),
     "git-LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0",
                         "git lfs pull"),
-    "zeros for bytes": (bytes(5000), "not readable as audio"),
     "no samples": (bytes_of(np.zeros(0), format="WAV"), "all samples are zero (0)"),
     "all samples zero": (bytes_of(np.zeros(800), format="FLAC"), "all samples are zero"),
     "NaN": (bytes_of(np.array([0.1, np.nan]), format="WAV", subtype="FLOAT"), "NaN or infinite"),
@@ -480,13 +468,6 @@ def test_a_key_that_comes_twice_gives_two_rows(tmp_path):
     assert [len(rows.audio(i)) for i in range(2)] == [3200, 4800]
 
 
-@pytest.mark.parametrize("kind", ["wav", "flac", "ogg", "mp3"])
-def test_seconds_of_a_tars_clip_come_from_its_header(kind, tmp_path):
-    members = [("a.json", {"answer": "x"}), (f"a.{kind}", bytes_of(tone(7.0), format=kind))]
-    rows = Rows(write_tar(tmp_path / "t.tar", members))
-    assert abs(rows.seconds[0] - 7) < 0.1 and f"(a.{kind})" in rows.name(0)
-
-
 def test_a_tar_that_changes_after_the_start_is_named(tmp_path):
     path = write_tar(tmp_path / "t.tar", [("a.json", row()), ("a.wav", WAV)])
     rows = Rows(path)
@@ -503,9 +484,10 @@ def test_members_as_other_systems_write_them_are_read(name, how, tmp_path):
     folder, _, base = key.rpartition("/")
     side = f"{folder}/._{base}".lstrip("/")  # macOS's beside each
     members = [(f"{side}.{kind}", b"\0\5\x16\7"), (name, bytes_of(tone(1.0), **format)),
-               (f"{side}.json", b"\0\5\x16\7"), (f"{key}.json", row())]
+               (f"{side}.json", b"\0\5\x16\7"), (f"{key}.json", row(seconds=None))]
     rows = Rows(write_tar(tmp_path / "t.tar", members, format=how))
     assert len(rows) == 1 and len(rows.audio(0)) == RATE and name.split("/")[-1] in rows.name(0)
+    assert rows.seconds.tolist() == [1.0]  # by the header
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
@@ -610,30 +592,21 @@ def pools(many, n, **how):
 def test_resumed_at_any_position_the_stream_is_the_same(many, position):
     whole = first(many, position + 70, seed=3)
     assert first(many, 70, seed=3, start=position) == whole[position:]
+    assert first(many, 70, seed=4, start=position) != whole[position:]
 
 
-def test_another_seed_gives_another_stream(many):
-    assert first(many, 5, seed=1) != first(many, 5, seed=2)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 2.0, 1e9])
-def test_tasks_have_exactly_their_share_by_temperature(many, temperature):
+@pytest.mark.parametrize("how", [dict(temperature=1.0), dict(temperature=2.0),
+                                 dict(temperature=1e9), dict(weights={"pitch": 3, "drum": 1})])
+def test_tasks_have_exactly_their_share(many, how):
     rows, index = many
-    taken = pools(many, 5, temperature=temperature)
-    sizes = Counter(rows.task[index].tolist())
-    weights = {t: n ** (1 / temperature) for t, n in sizes.items()}
-    for task, n in Counter(rows.task[taken].tolist()).items():
-        # rounding, here and of the whole
-        assert abs(n - len(taken) * weights[task] / sum(weights.values())) <= 2
-
-
-def test_tasks_have_exactly_their_share_by_weight(many):
-    rows, index = many
-    taken = pools(many, 5, weights={"pitch": 3, "drum": 1})
+    weights = how.get("weights") or {
+        task: sum(rows.task[index] == n) ** (1 / how["temperature"])
+        for n, task in enumerate(rows.tasks)}
+    taken = pools(many, 5, **how)
     counts = Counter(rows.tasks[t] for t in rows.task[taken])
-    assert set(counts) == {"pitch", "drum"}
-    assert (abs(counts["pitch"] - len(taken) * 0.75) <= 1
-            and abs(counts["drum"] - len(taken) * 0.25) <= 1)
+    assert counts.keys() == weights.keys()
+    for task, n in counts.items():  # rounding, here and of the whole
+        assert abs(n - len(taken) * weights[task] / sum(weights.values())) <= 2
 
 
 def test_weights_of_unknown_tasks_and_an_empty_split_are_refused(many):
@@ -643,11 +616,8 @@ def test_weights_of_unknown_tasks_and_an_empty_split_are_refused(many):
         task_shares(rows, index, weights={"yodel": 1})
     with pytest.raises(ValueError, match="no rows to train on"):
         task_shares(rows, rows.where("valid"))
-    for weights in ({"drum": 0}, {"drum": 1, "pitch": -0.5}, {"drum": math.nan},
-                    {"drum": math.inf}):
-        with pytest.raises(ValueError,
-                           match="task weights {.*each must be a number of 0 or more, "
-                                 "and one must be above"):
+    for weights in ({"drum": 0}, {"drum": 1, "pitch": -0.5}, {"drum": math.nan}):
+        with pytest.raises(ValueError, match="task weights {.*each must be a number of 0 or more"):
             task_shares(rows, index, weights=weights)
 
 
@@ -664,10 +634,11 @@ def test_every_row_of_a_task_comes_once_a_pass(many):
 def test_each_pass_has_an_order_of_its_own(many):
     rows, index = many
     members = index[rows.task[index] == rows.tasks.index("pitch")]
-    n = len(members)
-    passes = [next_rows(members, turn * n, (turn + 1) * n, (0, 1, 1)).tolist() for turn in range(2)]
-    assert passes[0] != passes[1] and sorted(passes[0]) == sorted(passes[1]) == members.tolist()
-    assert next_rows(members, n - 3, n + 4, (0, 1, 1)).tolist() == passes[0][-3:] + passes[1][:4]
+    n, kept = len(members), {}
+    take = lambda first, end, kept: next_rows(members, first, end, (0, 1, 1), kept).tolist()
+    one, two = take(0, n, kept), take(n, 2 * n, kept)
+    assert one != two and sorted(one) == sorted(two) == members.tolist()
+    assert take(n - 3, n + 4, kept) == take(n - 3, n + 4, {}) == one[-3:] + two[:4]
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -678,14 +649,14 @@ def test_ranks_parts_make_up_the_stream_of_one_process(many, world):
     assert [number for number, _ in parts[1]] == list(range(1, 40 * world, world))
 
 
-def test_batches_hold_about_the_seconds_asked_for(many):
+@pytest.mark.parametrize("target", [40.0, 120.0])
+def test_batches_hold_about_the_seconds_asked_for(many, target):
     rows, index = many
-    for target in (40.0, 120.0):
-        batches = [batch for _, batch in first(many, 320, target)]
-        padded = [len(b) * rows.seconds[b].max() for b in batches]
-        assert 0.85 * target < np.mean(padded) < 1.1 * target and max(padded) < 1.5 * target
-        whole = sum(rows.seconds[b].sum() for b in batches)
-        assert whole > 0.85 * sum(padded)  # rows of like length: little padding
+    batches = [batch for _, batch in first(many, 320, target)]
+    padded = [len(b) * rows.seconds[b].max() for b in batches]
+    assert 0.85 * target < np.mean(padded) < 1.1 * target and max(padded) < 1.5 * target
+    # rows of like length: little padding
+    assert sum(rows.seconds[b].sum() for b in batches) > 0.85 * sum(padded)
 
 
 @pytest.mark.parametrize("seconds", [0.0, 1.0, 30.0])
@@ -711,32 +682,30 @@ def test_ranks_have_like_work_text_included(ranks, least, tmp_path):
     """Mean / max over the ranks of padded audio and text, counted in the decoder's tokens of
     80 ms."""
     draw, lines = random.Random(0), []
-    for task, n, longest, letters in (("language", 2000, 12, 8), ("transcribe", 2000, 12, 200),
-                                      ("drum", 500, 1, 5)):
+    for task, n, longest, letters in (("language", 2000, 12, 0), ("transcribe", 2000, 12, 17),
+                                      ("drum", 500, 1, 0)):
         for _ in range(n):
             seconds = draw.uniform(0.2, longest)
-            answer = "x" * (letters if letters < 9 else max(1, round(letters * seconds / longest)))
+            answer = "x" * (8 + round(letters * seconds))
             lines.append(row(task=task, seconds=seconds, answer=answer))
     rows = Rows(write_manifest(tmp_path / "m.jsonl", lines), answers=True)
-    work = []
-    for _, batch in first((rows, rows.where("train")), 10 * POOL, 120.0):
-        work.append(len(batch) * (rows.seconds[batch].max() / 0.08 + 15
-                                  + rows.text_bytes[batch].max() / 4))
+    work = [len(batch) * (rows.seconds[batch].max() / 0.08 + 15 + rows.text_bytes[batch].max() / 4)
+            for _, batch in first((rows, rows.where("train")), 10 * POOL, 120.0)]
     work = np.array(work).reshape(-1, ranks)
     assert (work.mean(1) / work.max(1)).mean() > least
 
 
 def test_held_out_rows_are_fixed_and_at_most_so_many_a_task(many):
     rows, _ = many
+    test = rows.where("test")
     specs = held_out(rows, "test", 5, 60.0, seed=1)
-    assert (specs == held_out(rows, "test", 5, 60.0, seed=1)
-            != held_out(rows, "test", 5, 60.0, seed=2))
+    assert specs == held_out(rows, "test", 5, 60.0, seed=1)
+    assert specs != held_out(rows, "test", 5, 60.0, seed=2)
     taken = [i for _, batch in specs for i in batch]
-    assert len(taken) == len(set(taken)) and set(taken) <= set(rows.where("test").tolist())
-    sizes = Counter(rows.task[rows.where("test")].tolist())
+    assert len(taken) == len(set(taken)) and set(taken) <= set(test.tolist())
+    sizes = Counter(rows.task[test].tolist())
     assert Counter(rows.task[taken].tolist()) == {t: min(n, 5) for t, n in sizes.items()}
-    assert (sum(len(batch) for _, batch in held_out(rows, "test", 0, 60.0))
-            == len(rows.where("test")))
+    assert sum(len(batch) for _, batch in held_out(rows, "test", 0, 60.0)) == len(test)
     assert held_out(rows, "valid", 5, 60.0) == []
 
 
@@ -750,30 +719,18 @@ def test_held_out_rows_of_unknown_length_do_not_make_one_huge_batch(tmp_path):
 
 class Letters:
     """A stand-in for the tokenizer: one id a letter."""
-
-    def prompt(self, instruction):
-        return [ord(c) for c in instruction]
-
-    def answer(self, text):
-        return [ord(c) for c in text] + [0]
+    prompt = answer = lambda self, text: [ord(c) for c in text]
 
 
 @pytest.fixture
 def untold(tmp_path):
-    """Twelve clips whose rows have no instruction but every third."""
+    """Twelve clips; only every third row has an instruction."""
     lines = []
     for i in range(12):
         write_clip(tmp_path / f"clips/{i}.wav", tone(0.1 + 0.02 * i, 200 + 50 * i))
-        lines.append(row(i, seconds=0.1 + 0.02 * i, answer=f" note {i} "))
-        if i % 3:
-            del lines[i]["instruction"]
+        told = {} if i % 3 == 0 else {"instruction": None}
+        lines.append(row(i, seconds=0.1 + 0.02 * i, answer=f" note {i} ", **told))
     return write_manifest(tmp_path / "m.jsonl", lines)
-
-
-def assert_same(a, b):
-    assert torch.equal(a.audio, b.audio) and torch.equal(a.samples, b.samples)
-    for name in ("prompts", "answers", "tasks", "rows", "instructions", "texts", "skipped"):
-        assert getattr(a, name) == getattr(b, name)
 
 
 def test_a_batch_holds_its_rows(untold):
@@ -787,55 +744,40 @@ def test_a_batch_holds_its_rows(untold):
     assert batch.audio.shape == (3, max(batch.samples))
     for i, n, audio in zip(batch.rows, batch.samples, batch.audio):
         assert torch.equal(audio[:n], rows.audio(i)) and not audio[n:].any()
+    # A worker sends it whole, by pipe: /dev/shm, where tensors would go, may be small.
+    assert len(ForkingPickler.dumps(batch)) > batch.audio.nbytes
 
 
 def test_batches_do_not_depend_on_the_number_of_workers(untold):
     rows = Rows(untold, answers=True)
+
     def stream(workers):
         specs = sampled((rows, rows.where("train")), 1.0, seed=5, start=60)
-        return list(itertools.islice(
-            loader(Batches(rows, Letters(), RATE, seed=5), specs, workers), 8))
+        batches = loader(Batches(rows, Letters(), RATE, seed=5), specs, workers)
+        return [vars(batch) for batch in itertools.islice(batches, 8)]
+
     here = stream(0)
-    assert len({tuple(b.rows) for b in here}) > 1
+    assert len({tuple(batch["rows"]) for batch in here}) > 1
     for workers in (1, 2):
         for a, b in zip(here, stream(workers), strict=True):
-            assert_same(a, b)
+            assert a.keys() == b.keys()
+            for name, value in a.items():
+                assert torch.equal(b[name], value) if torch.is_tensor(value) else b[name] == value
 
 
-def test_templates_are_drawn_by_the_seed(untold):
+@pytest.mark.parametrize("others", [[], ["de", "zh"]])
+def test_instructions_are_drawn_from_templates_and_languages_by_the_seed(others, untold):
     rows = Rows(untold, answers=True)
-    drawn = lambda seed: [Batches(rows, Letters(), RATE, seed)[n, list(range(12))].instructions
-                          for n in range(8)]
-    assert drawn(1) == drawn(1) != drawn(2)
-    # a row's own instruction
-    assert all(text == "Which note?" for batch in drawn(1) for text in batch[::3])
-    assert ({text for batch in drawn(1) for i, text in enumerate(batch) if i % 3}
-            == set(TEMPLATES["pitch"]))
-
-
-def test_without_other_languages_the_draws_are_those_of_templates_alone(untold):
-    rows = Rows(untold, answers=True)
-    for n in range(5):
-        draw, expected = random.Random(f"7/{n}"), []
-        for i in range(12):
-            expected.append("Which note?" if i % 3 == 0 else draw.choice(TEMPLATES["pitch"]))
-        assert Batches(rows, Letters(), RATE, seed=7)[n, range(12)].instructions == expected
-
-
-def test_each_clip_is_asked_in_english_or_another_language_drawn_by_the_seed(untold):
-    rows = Rows(untold, answers=True)
-
-    def drawn(seed):
-        templates = {code: read_templates(FILE)[code] for code in ("en", "de", "zh")}
-        batches = Batches(rows, Letters(), RATE, seed, templates=templates)
-        return [batches[n, range(12)].instructions for n in range(60)]
-
-    assert drawn(1) == drawn(1) != drawn(2)
-    [german], [chinese] = TRANSLATIONS["de"]["pitch"], TRANSLATIONS["zh"]["pitch"]
+    templates = {code: read_templates(FILE)[code] for code in ["en", *others]}
+    drawn = lambda seed: Batches(rows, Letters(), RATE, seed, templates=templates)[
+        0, list(range(12)) * 60].instructions
+    asked = drawn(1)
+    assert asked == drawn(1) != drawn(2)
+    foreign = [text for code in others for text in templates[code]["pitch"]]
     for i, english in ((0, {"Which note?"}), (1, set(TEMPLATES["pitch"]))):
-        told = Counter(texts[k] for texts in drawn(1) for k in range(i, 12, 3))  # 240 clips
-        assert set(told) == {german, chinese} | english
-        assert 55 < told[german] < 105 and 55 < told[chinese] < 105
+        told = Counter(asked[i::3])  # 240 clips
+        assert set(told) == english.union(foreign)
+        assert all(55 < told[text] < 105 for text in foreign)  # a third
 
 
 def test_a_task_without_translation_keeps_its_own_instruction(tmp_path):
@@ -843,49 +785,36 @@ def test_a_task_without_translation_keeps_its_own_instruction(tmp_path):
     lines = [row(task="question"), row(task="birds")]
     rows = Rows(write_manifest(tmp_path / "m.jsonl", lines), answers=True)
     batches = Batches(rows, Letters(), RATE, templates=read_templates(FILE))
-    for n in range(20):
-        assert batches[n, [0, 1]].instructions == ["Which note?"] * 2
+    assert set(batches[0, [0, 1] * 20].instructions) == {"Which note?"}
 
 
-def test_unreadable_clips_are_skipped_and_named(untold, tmp_path):
+def test_unreadable_and_overlong_clips_are_skipped_and_named(untold, tmp_path):
     (tmp_path / "clips/4.wav").unlink()
     (tmp_path / "clips/7.wav").write_text("no audio")
-    batch = Batches(Rows(untold, answers=True), Letters(), RATE)[0, [3, 4, 7, 8]]
+    write_clip(tmp_path / "clips/1.wav", tone(0.5))  # its row says less
+    batches = Batches(Rows(untold, answers=True), Letters(), RATE, max_seconds=0.3)
+    batch = batches[0, [3, 4, 7, 8, 1]]
     assert batch.rows == [3, 8] and batch.texts == ["note 3", "note 8"]
-    assert [task for task, _ in batch.skipped] == ["pitch", "pitch"]
-    assert batch.skipped[0][1].startswith(f"{untold}:5 (clips/4.wav): ")
-    assert batch.skipped[1][1].startswith(f"{untold}:8 (clips/7.wav): ")
+    assert [task for task, _ in batch.skipped] == ["pitch"] * 3
+    for i, says, (_, message) in zip((4, 7, 1), ("No such", "not readable", "--max-seconds 0.3"),
+                                     batch.skipped):
+        assert message.startswith(f"{untold}:{i + 1} (clips/{i}.wav): ") and says in message
 
 
-def test_a_clip_longer_than_allowed_is_skipped_though_its_row_says_less(untold):
-    batch = Batches(Rows(untold, answers=True), Letters(), RATE, max_seconds=0.2)[0, [2, 11]]
-    assert batch.rows == [2] and "0.3 s, longer than --max-seconds 0.2" in batch.skipped[0][1]
-
-
-def test_an_unreadable_batch_is_replaced_by_the_next_row_of_its_split(tmp_path):
-    lines = [row(0), row(1, split="valid"), row(2)]
-    for i in (1, 2):
+def test_an_unreadable_batch_is_replaced_within_its_split_and_tasks(tmp_path):
+    """No held-out row in training; tasks of other batches may have weight 0."""
+    tasks = ["drum", "pitch", "language", "pitch", "drum", "pitch"]
+    lines = [row(i, task=task, split="valid" if i == 5 else "train")
+             for i, task in enumerate(tasks)]
+    for i in (0, 2, 4, 5):
         write_clip(tmp_path / f"clips/{i}.wav")
     rows = Rows(write_manifest(tmp_path / "m.jsonl", lines), answers=True)
-    batch = Batches(rows, Letters(), RATE)[0, [0]]
-    assert batch.rows == [2] and len(batch.skipped) == 1  # never a held-out row in training
-
-
-def test_an_unreadable_batch_is_replaced_within_its_tasks(tmp_path):
-    """Tasks of other batches may have weight 0."""
-    tasks = ["drum", "pitch", "language", "pitch", "drum"]
-    for i in (0, 2, 4):
-        write_clip(tmp_path / f"clips/{i}.wav")
-    rows = Rows(
-        write_manifest(tmp_path / "m.jsonl", [row(i, task=t) for i, t in enumerate(tasks)]),
-        answers=True)
+    batches = Batches(rows, Letters(), RATE)
     with pytest.raises(AudioError, match="2 clips in a row cannot be read"):
-        Batches(rows, Letters(), RATE)[0, [1]]  # 3 is of the same task
+        batches[0, [1]]  # only 3 is of the same task and split
+    assert batches[0, [3, 0]].rows == [0] and batches[0, [3, 1, 4]].rows == [4]
     write_clip(tmp_path / "clips/1.wav")
-    assert Batches(rows, Letters(), RATE)[0, [3]].rows == [1]  # the one after 3, wrapping round
-    (tmp_path / "clips/0.wav").unlink()
-    (tmp_path / "clips/1.wav").unlink()
-    assert Batches(rows, Letters(), RATE)[0, [3, 0]].rows == [4]
+    assert batches[0, [3]].rows == [1]  # the one after 3, wrapping round
 
 
 @pytest.mark.parametrize("rows, tried", [(5, 6), (100, 22)])
@@ -896,90 +825,67 @@ def test_when_nothing_can_be_read_that_soon_is_an_error(rows, tried, tmp_path):
     assert_one_line(e, f"{tried} clips in a row cannot be read; the last: {tmp_path / 'm.jsonl'}:")
 
 
-SCRIPT = """
-import sys, time
-sys.path[:0] = {path!r}
-import data
-class Letters:
-    def prompt(self, text): return [1]
-    answer = prompt
-rows = data.Rows({manifest!r}, answers=True)
-specs = [(n, list(range(len(rows))) * 20) for n in range(40)]
-loader = data.loader(data.Batches(rows, Letters(), 16_000), specs, 2)
-"""
-
-
-def run_script(manifest, body, before=()):
-    code = SCRIPT.format(path=[str(Path(data.__file__).parent)], manifest=manifest) + body
-    return subprocess.Popen([*before, sys.executable, "-c", code], stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True, start_new_session=True)
-
-
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_workers_leave_signals_to_the_main_process(sent, manifest):
-    process = run_script(manifest, """
-import signal
+    process = subprocess.Popen([sys.executable, "-c", """
+import signal, sys, time
+from data import Batches, Rows, loader
+class Ids:
+    prompt = answer = lambda self, text: [1]
 stop = []
 for s in (signal.SIGINT, signal.SIGTERM):
     signal.signal(s, lambda *_: stop.append(1))
-batches = iter(loader)
+specs = [(n, [0, 1, 2]) for n in range(99)]
+batches = iter(loader(Batches(Rows(sys.argv[1], answers=True), Ids(), 16_000), specs, 2))
 next(batches)
 print("ready", flush=True)
 while not stop:
     time.sleep(0.01)
-time.sleep(0.5)
+time.sleep(0.2)
 print("a last checkpoint", flush=True)
-""")
+""", manifest], cwd=Path(data.__file__).parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, start_new_session=True)
     assert process.stdout.readline() == "ready\n"
     os.killpg(process.pid, sent)
     out, _ = process.communicate(timeout=60)
     assert out == "a last checkpoint\n" and process.returncode == 0
 
 
-def test_a_small_shared_memory_is_enough(manifest):
-    small = ["unshare", "-rm", "sh", "-c",
-             'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"', "sh"]
-    if subprocess.run([*small, "true"], capture_output=True).returncode:
-        pytest.skip("no mount namespaces here")
-    process = run_script(manifest, "print(sum(batch.audio.numel() for batch in loader))", small)
-    out, _ = process.communicate(timeout=60)
-    rows = Rows(manifest)
-    assert out == f"{40 * 120 * len(rows.audio(5))}\n"
+def test_every_task_has_instructions_in_every_language():
+    for code, tasks in read_templates(FILE).items():
+        assert set(TEMPLATES) - set(tasks) <= {"question"}
+        texts = [text for several in tasks.values() for text in several]
+        assert all(tasks.values()) and all(text.strip() == text != "" for text in texts)
 
 
-def test_a_batch_is_the_same_from_a_worker(untold):
-    batches = Batches(Rows(untold, answers=True), Letters(), RATE)
-    (batch,) = loader(batches, [(0, [1, 2])], 1)
-    assert_same(batch, batches[0, [1, 2]])
-
-
-def test_every_template_table_row_has_wordings():
-    assert all(texts and all(t.strip() == t and t for t in texts) for texts in TEMPLATES.values())
-
-
-def test_every_language_asks_all_tasks_but_question_in_words_of_its_own():
-    texts = []
-    for translations in TRANSLATIONS.values():
-        assert list(translations) == [task for task in TEMPLATES if task != "question"]
-        assert all(text and text.strip() == text for [text] in translations.values())
-        texts += {text for [text] in translations.values()}
-    assert len(set(texts)) == len(texts) and len(TRANSLATIONS) == 5
+@pytest.mark.parametrize("bad", ["[1]", "{", '{"en": {"pitch": "Which note?"}}',
+                                 '{"de": {"pitch": []}}', '{"de": {"pitch": [" "]}}'])
+def test_bad_instructions_are_one_line(bad, tmp_path):
+    (tmp_path / "i.json").write_text(bad)
+    with pytest.raises(ValueError) as e:
+        read_templates(tmp_path / "i.json")
+    assert_one_line(e, f"{tmp_path / 'i.json'}: ", "needs {language: {task: [texts]}}")
 
 
 # ---------------------------------------------------------------- command line
 
+def command(monkeypatch, *argv):
+    """data.py's command line -> its exit code, or the message of one."""
+    monkeypatch.setattr(sys, "argv", ["data.py", *argv])
+    with pytest.raises(SystemExit) as e:
+        data.main()
+    return e.value.code
+
+
 def test_command_line_lists_the_tasks_and_the_unreadable_clips(manifest, tmp_path, monkeypatch,
                                                                capsys):
     (tmp_path / "clips/2.wav").write_text("no audio")
-    monkeypatch.setattr(sys, "argv", ["data.py", manifest, "--decode"])
-    with pytest.raises(SystemExit) as e:
-        data.main()
+    assert command(monkeypatch, manifest, "--decode") == 1
     out = capsys.readouterr().out
-    assert e.value.code == 1 and "pitch" in out and "{'train': 6}" in out
+    assert re.search("pitch +train +6 rows", out)
     assert f"{manifest}:3 (clips/2.wav)" in out and "1 of 6 clips cannot be read" in out
-    monkeypatch.setattr(sys, "argv", ["data.py", str(tmp_path / "gone.jsonl")])
-    with pytest.raises(SystemExit, match="error: .*No such file.*gone.jsonl"):
-        data.main()
+    message = command(monkeypatch, str(tmp_path / "gone.jsonl"))
+    assert message.startswith("error: ") and "gone.jsonl" in message and "No such" in message
 
 
 # ---------------------------------------------------------------- index
@@ -987,13 +893,9 @@ def test_command_line_lists_the_tasks_and_the_unreadable_clips(manifest, tmp_pat
 @pytest.fixture
 def index(manifest, tmp_path, monkeypatch):
     """An index of a manifest and a tar of it."""
-    tar = write_tar(tmp_path / "t.tar", members_of(manifest))
-    monkeypatch.setattr(sys, "argv",
-                        ["data.py", manifest, tar, "--index", str(tmp_path / "all.index")])
-    with pytest.raises(SystemExit) as e:
-        data.main()
-    assert not e.value.code
-    return str(tmp_path / "all.index"), [manifest, tar]
+    tar, path = write_tar(tmp_path / "t.tar", members_of(manifest)), str(tmp_path / "all.index")
+    assert command(monkeypatch, manifest, tar, "--index", path) == 0
+    return path, [manifest, tar]
 
 
 def test_an_index_holds_the_same_rows(index):
@@ -1002,48 +904,31 @@ def test_an_index_holds_the_same_rows(index):
     assert isinstance(mapped.table, np.memmap) and mapped.table.tobytes() == scanned.table.tobytes()
     for name in ("paths", "tasks", "splits", "split_counts"):
         assert getattr(mapped, name) == getattr(scanned, name)
-    assert [mapped[i] for i in range(12)] == [scanned[i] for i in range(12)]
-    assert torch.equal(mapped.audio(9), scanned.audio(9)) and mapped.name(9) == scanned.name(9)
-    streams = [first((rows, rows.where("train")), 70, 1.0) for rows in (mapped, scanned)]
-    assert streams[0] == streams[1]
+    assert list(mapped) == list(scanned) and mapped.name(9) == scanned.name(9)
+    assert torch.equal(mapped.audio(9), scanned.audio(9))
     (batch,) = loader(Batches(mapped, Letters(), RATE), [(0, [3, 9])], 1)
     assert batch.texts == ["note 3", "note 3"]
 
 
-def test_what_an_index_holds_is_checked_by_those_who_use_it(manifest, tmp_path):
-    lines = [row(0), row(1, answer="", split="test"), row(2, seconds=40), row(3, set="test")]
-    path, index = write_manifest(tmp_path / "bad.jsonl", lines[:3]), str(tmp_path / "bad.index")
+def test_what_an_index_holds_is_checked_by_those_who_use_it(tmp_path):
+    lines = [row(0), row(1, answer="", split="test"), row(2, seconds=40)]
+    path, index = write_manifest(tmp_path / "bad.jsonl", lines), str(tmp_path / "bad.index")
     data.write_index(Rows(path), index)
     assert len(Rows(index)) == len(Rows(index, answers=True, splits={"train"})) == 3
     with pytest.raises(ValueError, match=r"bad.jsonl:2 \(clips/1.wav\): training needs an answer"):
         Rows(index, answers=True)
-    with pytest.raises(ValueError, match=r"bad.jsonl:3 \(clips/2.wav\): 40.0 s, longer than "
-                                         r"--max-seconds 30"):
+    with pytest.raises(ValueError, match=r"bad.jsonl:3 \(clips/2.wav\): .* --max-seconds 30"):
         Rows(index, max_seconds=30)
-
-
-def test_the_first_ten_bad_rows_of_an_index_are_named(tmp_path):
-    lines = [row(i, answer="", split="train" if i % 2 else "test") for i in range(40)]
-    path, index = write_manifest(tmp_path / "bad.jsonl", lines), str(tmp_path / "bad.index")
-    data.write_index(Rows(path), index)
-    with pytest.raises(ValueError) as e:
-        Rows(index, answers=True, splits={"train"})
-    lines = str(e.value).splitlines()
-    assert [line.split(": ")[0] for line in lines[:10]] == [
-        f"{path}:{i + 1} (clips/{i}.wav)" for i in range(1, 21, 2)]
-    assert lines[10:] == ["... and 10 more"]
 
 
 def test_an_index_of_files_that_changed_and_other_misuse_are_refused(index, tmp_path):
     path, files = index
     with pytest.raises(ValueError, match="all.index:1: not JSON"):
         Rows([path, files[0]])
-    (tmp_path / "no.index").write_text("{")
-    with pytest.raises(ValueError, match="no.index: is no index"):
-        Rows(tmp_path / "no.index")
-    Path(tmp_path / "cut.index").write_bytes(Path(path).read_bytes()[:-100])
-    with pytest.raises(ValueError, match="cut.index: is no index"):
-        Rows(tmp_path / "cut.index")
+    for name, raw in (("no.index", b"{"), ("cut.index", Path(path).read_bytes()[:-100])):
+        (tmp_path / name).write_bytes(raw)
+        with pytest.raises(ValueError, match=f"{name}: is no index"):
+            Rows(tmp_path / name)
     with open(files[0], "a") as f:
         f.write("\n")
     with pytest.raises(ValueError, match="all.index: .*m.jsonl has changed; write the index again"):
@@ -1053,17 +938,12 @@ def test_an_index_of_files_that_changed_and_other_misuse_are_refused(index, tmp_
         Rows(path)
 
 
-def test_an_index_overwrites_neither_data_nor_the_index_in_use(tmp_path, monkeypatch):
-    write_clip(tmp_path / "a.wav")
-    path = write_manifest(tmp_path / "a.jsonl", [dict(audio="a.wav", seconds=0.5)])
-    before = Path(path).read_bytes()
-    monkeypatch.setattr("sys.argv", ["data.py", path, "--index", path])
-    with pytest.raises(SystemExit) as e:
-        data.main()
-    assert_one_line(e, f"error: {path}: an index must be named FILE.index")
-    assert Path(path).read_bytes() == before
-    index = str(tmp_path / "a.index")
-    data.write_index(Rows([path]), index)
-    mapped = Rows([index])
-    data.write_index(mapped, index)
-    assert len(mapped) == len(Rows([index])) == 1 and mapped.name(0) == Rows([path]).name(0)
+def test_an_index_overwrites_neither_data_nor_the_index_in_use(index, monkeypatch):
+    path, (manifest, _) = index
+    before = Path(manifest).read_bytes()
+    message = command(monkeypatch, manifest, "--index", manifest)
+    assert message == f"error: {manifest}: an index must be named FILE.index"
+    assert Path(manifest).read_bytes() == before
+    mapped = Rows(path)
+    data.write_index(mapped, path)
+    assert list(mapped) == list(Rows(path))
