@@ -1,7 +1,15 @@
 """What the tests share: tiny random Whisper and Qwen folders made by transformers, clips,
-manifests."""
+manifests, scripts in processes of their own."""
+import faulthandler
+import importlib
+import itertools
 import json
 import math
+import multiprocessing
+import os
+import runpy
+import socket
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +21,7 @@ import ablations.clap  # noqa: F401: so that its folders can be read
 import ablations.whisper_decoder  # noqa: F401
 from uniwhisper import UniWhisper, load_decoder, load_encoder, new_adapter
 
+HERE = Path(__file__).resolve().parent
 RATE = 16_000
 VOCABULARY = 521  # a prime: no other dimension of the tiny models is a multiple of it
 
@@ -49,6 +58,12 @@ def assert_one_line(error, start: str, says: str = "") -> None:
     """The error that pytest.raises caught is a single line with this start, and holds `says`."""
     text = str(error.value)
     assert text.startswith(start) and says in text and "\n" not in text
+
+
+def assert_close(ours, theirs, share=1e-4):
+    """Within `share` of the reference's largest value."""
+    assert ours.shape == theirs.shape
+    assert (ours - theirs).abs().max() <= share * theirs.abs().max()
 
 
 # ---------------------------------------------------------------- checkpoint folders
@@ -210,3 +225,91 @@ def model(whisper, qwen):
     """A fresh joint model of the two folders."""
     torch.manual_seed(0)
     return joint_model(whisper[0], qwen[0])
+
+
+# ---------------------------------------------------------------- scripts in their own processes
+
+FORKS = multiprocessing.get_context("forkserver")
+TIMEOUT = 120  # seconds
+
+
+def run_here(words, log, patch, environment):
+    """In the new process: a script's command line, its output in files."""
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    faulthandler.dump_traceback_later(TIMEOUT - 10)  # where it hangs, should it hang
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    sys.argv = words
+    patch()
+    if "ablations" in words[0]:
+        runpy.run_path(words[0], run_name="__main__")
+    else:
+        importlib.import_module(Path(words[0]).stem).main()
+
+
+class Run:
+    """One `python train.py ...`, or what `script` says in its place, with fixture `forks`.
+
+    Forked from a server that has imported torch. `patch` is called before it in its process.
+    """
+
+    numbers = itertools.count()
+
+    def __init__(self, argv, patch=dict, script=("train.py",), **environment):
+        self.log = f"{Run.logs}/{next(Run.numbers)}"
+        words = [str(word) for word in (*script, *argv)]
+        self.process = FORKS.Process(target=run_here, args=(words, self.log, patch, environment))
+        self.process.start()
+
+    def wait(self) -> "Run":
+        self.process.join(TIMEOUT)
+        if self.process.is_alive():
+            self.process.kill()
+        self.process.join()
+        self.code = self.process.exitcode
+        self.out, self.err = (Path(f"{self.log}.{name}").read_text() for name in ("out", "err"))
+        return self
+
+    def fail(self) -> str:
+        """Its error: one line, and nothing else."""
+        self.wait()
+        text = self.err.splitlines()[-1]
+        assert self.code == 1 and "Traceback" not in self.err and text.startswith("error: ")
+        return text
+
+
+def succeed(*runs: Run) -> Run:
+    """Wait for runs that are to end well; returns the first."""
+    for run in runs:
+        run.wait()
+    assert not any(run.code for run in runs), "\n".join(
+        f"exit code {run.code}\n{run.err}" for run in runs)
+    return runs[0]
+
+
+def start_ranks(*argvs, patch=dict) -> list[Run]:
+    """A rank for each command line, as torchrun starts them; the patch is rank 0's."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = str(s.getsockname()[1])
+    return [Run(argv, dict if rank else patch, RANK=str(rank), LOCAL_RANK=str(rank),
+                WORLD_SIZE=str(len(argvs)), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            for rank, argv in enumerate(argvs)]
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    """Where Run works: a server that imports once, and one thread, for equal bits."""
+    before, threads = dict(os.environ), torch.get_num_threads()
+    os.environ.update(PYTHONPATH=os.pathsep.join([str(HERE), str(HERE.parent)]),
+                      OMP_NUM_THREADS="1")
+    # A run's optimizer would import _dynamo: 1.5 s.
+    FORKS.set_forkserver_preload(["conftest", "train", "torch._dynamo",
+                                  "transformers.models.clap.modeling_clap"])
+    torch.set_num_threads(1)
+    Run.logs = tmp_path_factory.mktemp("logs")
+    yield
+    torch.set_num_threads(threads)
+    os.environ.clear()
+    os.environ.update(before)

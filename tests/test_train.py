@@ -1,20 +1,12 @@
 """train.py: accumulation, ranks, exact resume, frozen parts, guards, reports, errors;
-all tiny, on the CPU.
-
-A run here is the real command line in a process of its own, forked from a server that has
-imported torch already.
-"""
-import faulthandler
+all tiny, on the CPU. A Run is the real command line in a process of its own."""
 import itertools
 import json
 import math
-import multiprocessing
 import os
-import random
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,49 +17,40 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch._dynamo  # a run's optimizer would import it: 1.5 s
-from conftest import RATE, joint_model, make_tokenizer, tone, write_clip, write_manifest
+from conftest import (HERE, RATE, Run, joint_model, make_tokenizer, start_ranks, succeed, tone,
+                      write_clip, write_manifest)
 from safetensors.torch import load_file, save_file
 
 import train
-from data import TEMPLATES, Batches, Rows
+import uniwhisper
+from data import Batches, Rows, read_templates
 from uniwhisper import export, load_decoder, load_encoder, load_run
 
-HERE = Path(__file__).resolve().parent
 STEPS, FROZEN = 12, 3
-TIMEOUT = 120  # seconds
-FORKS = multiprocessing.get_context("forkserver")
+pytestmark = pytest.mark.usefixtures("forks")
 
 
 # ---------------------------------------------------------------- data and runs
-
-def make_rows(folder, task, answers, sounds, clips, **more):
-    rows = []
-    for split, count in clips.items():
-        for i in range(count):
-            draw = np.random.default_rng([len(task), len(split), i])
-            path = f"clips/{task}-{split}-{i}.wav"
-            write_clip(folder / path, sounds[i % 2](draw, draw.uniform(0.3, 1.0)),
-                       16_000 if i % 3 else 8_000)
-            rows.append(dict(audio=path, answer=answers[i % 2], label=answers[i % 2], task=task,
-                             split=split, **more))
-    return rows
-
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, whisper, qwen):
     """Weights and a manifest of three tasks with two answers each;
     one task takes its instructions from the templates."""
-    folder = tmp_path_factory.mktemp("world")
+    folder, rows = tmp_path_factory.mktemp("world"), []
     sine = lambda hertz: lambda draw, seconds: tone(seconds, hertz * draw.uniform(0.9, 1.1))
     hiss = lambda level: lambda draw, seconds: (
-        draw.normal(0, level, int(16_000 * seconds)).astype(np.float32))
-    clips = {"train": 16, "valid": 4, "test": 4}
-    rows = (make_rows(folder, "height", ["low", "high"], [sine(300), sine(2500)], clips,
-                      instruction="How high?")
-            + make_rows(folder, "sound_event", ["a tone", "noise"], [sine(700), hiss(0.1)], clips)
-            + make_rows(folder, "level", ["soft", "loud"], [hiss(0.02), hiss(0.3)], clips,
-                        instruction="How loud?"))
+        draw.normal(0, level, int(RATE * seconds)).astype(np.float32))
+    tasks = {"height": (dict(low=sine(300), high=sine(2500)), dict(instruction="How high?")),
+             "sound_event": ({"a tone": sine(700), "noise": hiss(0.1)}, {}),
+             "level": (dict(soft=hiss(0.02), loud=hiss(0.3)), dict(instruction="How loud?"))}
+    for task, (sounds, more) in tasks.items():
+        for n, split in enumerate(["train"] * 16 + ["valid"] * 4 + ["test"] * 4):
+            draw = np.random.default_rng([len(task), n])
+            answer, sound = list(sounds.items())[n % 2]
+            clip = write_clip(folder / f"clips/{task}-{split}-{n}.wav",
+                              sound(draw, draw.uniform(0.3, 1.0)), RATE if n % 3 else RATE // 2)
+            rows.append(dict(audio=f"clips/{clip.name}", answer=answer, label=answer, task=task,
+                             split=split, **more))
     return SimpleNamespace(folder=folder, rows=rows,
                            data=write_manifest(folder / "all.jsonl", rows),
                            encoder=str(whisper[0]), decoder=str(qwen[0]))
@@ -77,7 +60,7 @@ def options(world, out, **changes) -> list[str]:
     """The command line of the tests' usual run, with changes (None leaves a flag out)."""
     settings = dict(data=world.data, encoder=world.encoder, decoder=world.decoder, out=out,
                     precision="fp32", device="cpu", steps=STEPS, freeze_encoder=FROZEN, warmup=2,
-                    batch_seconds=5, workers=0, log_every=2, save_every=3, eval_every=6, keep=10,
+                    batch_seconds=8, workers=0, log_every=2, save_every=3, eval_every=6, keep=10,
                     questions=2) | changes
     flags = []
     for name, value in settings.items():
@@ -85,76 +68,6 @@ def options(world, out, **changes) -> list[str]:
             values = [] if value is True else value if isinstance(value, (list, tuple)) else [value]
             flags += ["--" + name.replace("_", "-"), *map(str, values)]
     return flags
-
-
-def run_here(argv, log, patch, environment):
-    """In the new process: the command line, its output in files."""
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    faulthandler.dump_traceback_later(TIMEOUT - 10)  # where it hangs, should it hang
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    sys.argv = ["train.py", *argv]
-    patch()
-    train.main()
-
-
-class Run:
-    """One `python train.py ...`; `patch` is called before it in its process."""
-
-    def __init__(self, argv, patch=dict, **environment):
-        self.log = f"{argv[argv.index('--out') + 1]}-{environment.get('RANK', 0)}"
-        self.process = FORKS.Process(target=run_here, args=(argv, self.log, patch, environment))
-        self.process.start()
-
-    def wait(self) -> "Run":
-        self.process.join(TIMEOUT)
-        if self.process.is_alive():
-            self.process.kill()
-        self.process.join()
-        self.code = self.process.exitcode
-        self.out, self.err = (Path(f"{self.log}.{name}").read_text() for name in ("out", "err"))
-        return self
-
-    def fail(self) -> str:
-        """Its error: one line, and nothing else."""
-        self.wait()
-        assert self.code == 1 and "Traceback" not in self.err
-        return one_line(self.err.splitlines()[-1])
-
-
-def succeed(*runs: Run) -> Run:
-    """Wait for runs that are to end well; returns the first."""
-    for run in runs:
-        run.wait()
-    assert not any(run.code for run in runs), "\n".join(
-        f"exit code {run.code}\n{run.err}" for run in runs)
-    return runs[0]
-
-
-def start_ranks(argv, patch=dict, n=2) -> list[Run]:
-    """Ranks, as torchrun starts them; the patch is rank 0's."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    return [Run(argv, patch if rank == 0 else dict, RANK=str(rank), LOCAL_RANK=str(rank),
-                WORLD_SIZE=str(n), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-            for rank in range(n)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fork_server():
-    """Imports this file once; PYTHONPATH lets it, and one thread makes its processes equal."""
-    before = dict(os.environ)
-    os.environ.update(PYTHONPATH=os.pathsep.join([str(HERE), str(HERE.parent)]),
-                      OMP_NUM_THREADS="1")
-    FORKS.set_forkserver_preload([__name__])
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    os.environ.clear()
-    os.environ.update(before)
 
 
 def one_line(text: str) -> str:
@@ -215,7 +128,7 @@ def assert_close_runs(a, b, step):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(world, tmp_path_factory):
+def undisturbed(world, tmp_path_factory, forks):
     """The usual run, from beginning to end."""
     out = tmp_path_factory.mktemp("runs") / "undisturbed"
     return SimpleNamespace(out=out, said=succeed(Run(options(world, out))).out)
@@ -223,16 +136,14 @@ def undisturbed(world, tmp_path_factory):
 
 # ---------------------------------------------------------------- one update
 
-def gradient(world, out, loss, sizes, checkpoint_layers=False):
+def gradient(world, out, loss, sizes):
     """Minus the gradient of one update on the same 12 clips, of all tasks, in batches of
     these sizes: what plain SGD subtracts."""
-    s = train.parse(options(world, out, loss=loss, grad_clip=1e9, freeze_encoder=0,
-                            checkpoint_layers=checkpoint_layers, steps=1, accumulate=len(sizes),
-                            eval_clips=1, questions=0))
+    s = train.parse(options(world, out, loss=loss, grad_clip=1e9, freeze_encoder=0, steps=1,
+                            accumulate=len(sizes), eval_clips=1, questions=0))
     out.mkdir()
-    rows = Rows(world.data, answers=True)
     model = train.build_model(s, None)
-    batches = Batches(rows, model.decoder.tokenizer, RATE)
+    batches = Batches(Rows(world.data, answers=True), model.decoder.tokenizer, RATE)
     first = itertools.accumulate(sizes, initial=0)
     specs = [(0, list(range(5 * start, 5 * (start + size), 5)))
              for start, size in zip(first, sizes)]
@@ -250,7 +161,7 @@ def gradient(world, out, loss, sizes, checkpoint_layers=False):
         patch.setattr(signal, "signal", lambda *a: None)
         log = train.Log(s, batches, 0)
         train.train(s, model, log, map(batches.__getitem__, specs), dict(step=0))
-    line = [json.loads(x) for x in (out / "metrics.jsonl").read_text().splitlines()][-2]
+    line = [line for line in metrics(out) if "loss" in line][-1]
     moved = {k: p.detach() - before[k] for k, p in model.named_parameters() if p.requires_grad}
     return moved, line["tasks"], line["norm"]
 
@@ -265,46 +176,33 @@ def test_accumulation_equals_one_large_batch(world, tmp_path, loss):
         assert (whole[k] - parts[k]).abs().max() <= 1e-5 * whole[k].abs().max() + 1e-7, k
 
 
-def test_the_two_losses_differ_where_answers_have_different_lengths(world, tmp_path):
-    token, example = (gradient(world, tmp_path / loss, loss, [12])[0]["adapter.fc2.weight"]
-                      for loss in ("token", "example"))
-    assert (token - example).abs().max() > 1e-3 * token.abs().max()
-
-
 def test_a_token_counts_as_its_loss_says():
     batch = SimpleNamespace(answers=[[1, 2, 3, 4], [5], [6, 7]], answer_tokens=[4, 1, 2])
     assert train.token_weights(batch, "token").tolist() == [1] * 7
     assert train.token_weights(batch, "example").tolist() == [0.25] * 4 + [1] + [0.5] * 2
 
 
-def test_checkpointed_layers_give_the_same_gradient(world, tmp_path):
-    plain, losses, _ = gradient(world, tmp_path / "a", "token", [12])
-    again, losses_again, _ = gradient(world, tmp_path / "b", "token", [12], checkpoint_layers=True)
-    assert losses == losses_again and same_bits(plain, again)
-
-
-def test_the_decoder_never_trains(world):
-    s = train.parse(options(world, "unused", freeze_encoder=0))
+@pytest.mark.parametrize("rate", [0, 1e-3])
+def test_the_decoder_trains_only_with_a_rate_of_its_own(world, rate):
+    s = train.parse(options(world, "unused", lr_decoder=rate, precision="bf16"))
     model = train.build_model(s, None)
     optimizer, _ = train.build_optimizer(s, model, dict(step=0))
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    trained = {id(p) for part in (model.encoder, model.adapter) for p in part.parameters()
-               if p.requires_grad}
-    assert held == trained and id(model.encoder.embed_positions.weight) not in held
-    assert not held & {id(p) for p in model.decoder.parameters()}
-    assert model.training and not any(m.training for m in model.decoder.modules())
-    train.wrap(s, model)(
-        Batches(Rows(world.data), model.decoder.tokenizer, RATE)[0, [0, 1]]).sum().backward()
-    assert all(p.grad is None for p in model.decoder.parameters())
-    assert {id(p) for p in model.parameters() if p.grad is not None} == trained
-
-
-def test_matrices_decay_and_vectors_do_not(world):
-    s = train.parse(options(world, "unused"))
-    optimizer, _ = train.build_optimizer(s, train.build_model(s, None), dict(step=0))
-    for group in optimizer.param_groups:
+    names = ["encoder", "adapter", "decoder"][: 3 if rate else 2]
+    assert [group["name"] for group in optimizer.param_groups] == sorted(
+        names * 2, key=names.index)
+    for group in optimizer.param_groups:  # matrices decay, vectors do not
         assert {p.ndim > 1 for p in group["params"]} == {group["weight_decay"] == s.weight_decay}
-    assert [g["name"] for g in optimizer.param_groups] == ["encoder"] * 2 + ["adapter"] * 2
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    fixed = {id(model.encoder.embed_positions.weight), id(model.adapter.gain)}
+    fixed |= set() if rate else {id(p) for p in model.decoder.parameters()}
+    assert held == {id(p) for p in model.parameters()} - fixed
+    assert {p.dtype for p in model.encoder.parameters()} == {torch.float32}
+    assert {p.dtype for p in model.decoder.parameters()} == {
+        torch.float32 if rate else torch.bfloat16}
+    assert model.training and not any(m.training for m in model.decoder.modules())
+    batch = Batches(Rows(world.data), model.decoder.tokenizer, RATE)[0, [0, 1]]
+    train.wrap(s, model)(batch).sum().backward()
+    assert {id(p) for p in model.parameters() if p.grad is not None} == held
 
 
 def test_schedule():
@@ -315,6 +213,7 @@ def test_schedule():
 
     assert rates(1) == pytest.approx((0, 0.2))  # a tenth of the warm-up
     assert rates(10)[1] == pytest.approx(2 * (0.55 + 0.45 * np.cos(np.pi * 0.09)))  # warm
+    assert train.learning_rate(train.replace(s, lr_decoder=3.0), "decoder", 20) == 0
     assert rates(20)[0] == 0 and 0 < rates(21)[0] < rates(30)[0]  # the encoder's own warm-up
     assert rates(51) == pytest.approx((0.55, 1.1)) and rates(101) == pytest.approx((0.1, 0.2))
 
@@ -358,11 +257,6 @@ def test_the_encoder_loads_in_transformers(undisturbed, world, whisper):
                for k, v in model.decoder.state_dict().items())
 
 
-def test_load_run_reads_the_newest_checkpoint(undisturbed):
-    model = load_run(undisturbed.out)
-    assert torch.equal(model.adapter.fc2.weight, weights(undisturbed.out, STEPS)["fc2.weight"])
-
-
 def test_the_encoder_is_frozen_and_let_go(undisturbed, world):
     start = {f"model.encoder.{k}": v
              for k, v in joint_model(world.encoder, world.decoder).encoder.state_dict().items()}
@@ -402,72 +296,42 @@ def test_torchrun_equals_one_process(world, tmp_path):
     assert_close_runs(tmp_path / "one", tmp_path / "two", 5)
 
 
-def test_ranks_with_the_example_loss_resume_exactly(world, tmp_path):
+def test_ranks_with_other_settings_resume_exactly(world, tmp_path):
     """Three, for a + b is b + a, but (a + b) + c is not a + (b + c)."""
-    same = dict(steps=4, freeze_encoder=0, save_every=1, log_every=1, loss="example")
+    same = dict(steps=4, freeze_encoder=0, save_every=1, log_every=1, loss="example",
+                lr_decoder=1e-3)
     one = Run(options(world, tmp_path / "one", **same, accumulate=6))
-    succeed(one, *start_ranks(options(world, tmp_path / "three", **same, accumulate=2), n=3))
+    three = options(world, tmp_path / "three", **same, accumulate=2)
+    succeed(one, *start_ranks(three, three, three))
     assert_close_runs(tmp_path / "one", tmp_path / "three", 4)
 
     argv = options(world, tmp_path / "killed", **same, accumulate=2)
-    main, *others = start_ranks(argv, partial(kill_in_save, 3), n=3)
+    main, *others = start_ranks(argv, argv, argv, patch=partial(kill_in_save, 3))
     assert main.wait().code == -signal.SIGKILL
     for other in others:
         other.process.kill()  # as torchrun does
-    succeed(*start_ranks([*argv, "--resume"], n=3))
+    succeed(*start_ranks(*[[*argv, "--resume"]] * 3))
     assert_same_run(tmp_path / "three", tmp_path / "killed", 4)
 
 
-def two_agents(argv, other_argv, **environment):
-    """Two torchrun agents of one rank each, as on two machines -> what they print to stderr."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1",
-               "--master-addr=127.0.0.1", f"--master-port={port}"]
-    agents = [subprocess.Popen([*command, f"--node-rank={i}", HERE.parent / "train.py", *more],
-                               text=True, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
-                               env=os.environ | environment)
-              for i, more in enumerate((argv, other_argv))]
-    return agents
-
-
 def test_a_fault_of_one_rank_at_the_start_ends_all(world, tmp_path):
-    argv = options(world, tmp_path / "run")
-    other = options(world, tmp_path / "run", data=write_manifest(tmp_path / "bad.jsonl", ["{"]))
-    one, other = two_agents(argv, other)
-    assert "bad.jsonl: needs one JSON object a line" in other.communicate(timeout=60)[1]
-    assert "Connection" in one.communicate(timeout=60)[1]
-    assert one.returncode and other.returncode and not (tmp_path / "run").exists()
+    data = write_manifest(tmp_path / "bad.jsonl", ["{"])
+    one, other = start_ranks(options(world, tmp_path / "run"),
+                             options(world, tmp_path / "run", data=data))
+    assert "bad.jsonl:1: not JSON" in other.fail()
+    assert "another rank has ended; its output says why" in one.fail()
+    assert not (tmp_path / "run").exists()
 
 
-def test_when_one_rank_dies_all_end_within_a_minute(world, tmp_path):
-    argv = options(world, tmp_path / "run", steps=100_000, save_every=100_000, eval_every=100_000)
-    one, other = two_agents(argv, argv)
-    while (not (tmp_path / "run/metrics.jsonl").exists()
-           or "loss" not in (tmp_path / "run/metrics.jsonl").read_text()):
-        assert one.poll() is None and other.poll() is None
-        time.sleep(0.2)
-    children = Path(f"/proc/{other.pid}/task/{other.pid}/children").read_text().split()
-    began = time.monotonic()
-    os.kill(int(children[0]), signal.SIGKILL)
-    said = one.communicate(timeout=60)[1]
-    other.communicate(timeout=60)
-    assert one.returncode and other.returncode and time.monotonic() - began < 60
-    assert "onnection closed" in said or "onnection reset" in said
-
-
-def test_cudnns_attention_is_kept_out(monkeypatch):
-    """It plans anew for every shape."""
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    before = torch.backends.cuda.cudnn_sdp_enabled()
-    try:
-        train.start_ranks(train.Settings(device="cuda"))
-        assert not torch.backends.cuda.cudnn_sdp_enabled()
-    finally:
-        torch.backends.cuda.enable_cudnn_sdp(before)
+def test_when_one_rank_dies_all_end(world, tmp_path):
+    out = tmp_path / "run"
+    argv = options(world, out, steps=100_000, save_every=100_000, eval_every=100_000)
+    one, other = start_ranks(argv, argv)
+    while not (out / "metrics.jsonl").exists() or not any("loss" in x for x in metrics(out)):
+        assert one.process.is_alive() and other.process.is_alive()
+        time.sleep(0.1)
+    other.process.kill()
+    assert one.wait().code == 1  # not killed by `wait`, as what hangs is
 
 
 # ---------------------------------------------------------------- killed and resumed
@@ -532,68 +396,10 @@ def test_killed_anywhere_and_resumed_a_run_ends_with_the_same_bits(world, tmp_pa
     assert_same_run(undisturbed.out, out)
 
 
-# ---------------------------------------------------------------- another encoder
-
-def test_clap_trains_resumes_exactly_and_is_exported(world, clap, tmp_path):
-    from transformers import ClapModel
-
-    whole, killed, half = tmp_path / "whole", tmp_path / "killed", tmp_path / "half"
-    same = dict(encoder=clap[0], stack=2, freeze_encoder=0, steps=4, save_every=2, eval_clips=1,
-                questions=1)
-    run = Run(options(world, whole, **same))
-    argv = options(world, killed, **same)
-    assert Run(argv, partial(kill_in_update, 3)).wait().code == -signal.SIGKILL
-    assert "from step 2" in succeed(Run([*argv, "--resume"]), run).out
-    assert_same_run(whole, killed, 4)
-    start, trained = load_encoder(clap[0]), load_run(whole).encoder
-    for name, p in trained.named_parameters():
-        assert not torch.equal(p, start.get_parameter(name)), name
-    for name, b in trained.named_buffers():  # BatchNorm's statistics, for one
-        assert torch.equal(b, start.get_buffer(name)), name
-    export(SimpleNamespace(run=whole, folder=half, blend=0.5))
-    for folder, share in ((whole / "encoder", 1.0), (half, 0.5)):
-        theirs, report = ClapModel.from_pretrained(folder, output_loading_info=True)
-        assert not report["missing_keys"] and not report["unexpected_keys"]
-        for name, p in theirs.audio_model.named_parameters():
-            between = torch.lerp(start.get_parameter(name), trained.get_parameter(name), share)
-            assert torch.allclose(p, between, rtol=0, atol=1e-7), name
-        assert same_bits(theirs.text_model.state_dict(), clap[1].text_model.state_dict())
-
-
-# ------------------------------------------------------------- other decoders, and those that train
-
 def moved(module, start) -> set[str]:
     before = start.state_dict()
     return {k.partition(".")[0] for k, v in module.state_dict().items()
             if not torch.equal(v, before[k])}
-
-
-@pytest.mark.parametrize("rate", [0, 1e-3])
-def test_whispers_decoder_without_adapter_trains_or_not_and_resumes_exactly(
-        world, talking_whisper, tmp_path, rate):
-    from transformers import WhisperForConditionalGeneration
-
-    folder = str(talking_whisper[0])
-    same = dict(encoder=folder, decoder=folder, stack=0, lr_decoder=rate, freeze_encoder=0, steps=6)
-    whole = Run(options(world, tmp_path / "whole", **same))
-    argv = options(world, tmp_path / "killed", **same)
-    assert Run(argv, partial(kill_in_update, 5)).wait().code == -signal.SIGKILL
-    assert "from step 3" in succeed(Run([*argv, "--resume"]), whole).out
-    assert_same_run(tmp_path / "whole", tmp_path / "killed", 6)
-    assert ("(frozen)" in whole.out) == (rate == 0)
-    assert step_folder(tmp_path / "whole", 6).joinpath("decoder").exists() == (rate > 0)
-    start, model = load_decoder(folder), load_run(tmp_path / "whole")
-    parts = {"embed_tokens", "lm_head", "embed_positions", "layers", "layer_norm"}
-    assert moved(model.decoder, start) == (parts if rate else set())
-    assert not list(model.adapter.parameters()) and model.encoder.width == model.decoder.width
-    folder = tmp_path / "whole/encoder"
-    theirs, report = WhisperForConditionalGeneration.from_pretrained(
-        folder, output_loading_info=True)
-    assert not report["missing_keys"] and not report["unexpected_keys"]
-    for k, v in theirs.model.decoder.state_dict().items():
-        assert torch.equal(v, model.decoder.state_dict()[k]), k
-    for k, v in theirs.model.encoder.state_dict().items():
-        assert torch.equal(v, model.encoder.state_dict()[k]), k
 
 
 def test_a_trained_qwen_is_saved_and_exported_by_itself(world, tmp_path):
@@ -618,30 +424,6 @@ def test_a_trained_qwen_is_saved_and_exported_by_itself(world, tmp_path):
     assert same_bits(its, before)
 
 
-def test_a_decoder_that_trains_has_a_group_and_float32_weights(world, talking_whisper):
-    s = train.parse(options(world, "unused", decoder=talking_whisper[0], precision="bf16",
-                            lr_decoder=1.0, steps=100, warmup=10, freeze_encoder=20))
-    model = train.build_model(s, None)
-    optimizer, _ = train.build_optimizer(s, model, dict(step=0))
-    assert [g["name"] for g in optimizer.param_groups] == (
-        ["encoder"] * 2 + ["adapter"] * 2 + ["decoder"] * 2)
-    held = {id(p) for g in optimizer.param_groups[4:] for p in g["params"]}
-    assert held == {id(p) for p in model.decoder.parameters()}
-    assert {p.dtype for p in model.decoder.parameters()} == {torch.float32}
-    assert train.learning_rate(s, "decoder", 20) == 0 < train.learning_rate(s, "decoder", 21)
-    frozen = train.build_model(train.replace(s, lr_decoder=0.0), None)
-    assert {p.dtype for p in frozen.decoder.parameters()} == {torch.bfloat16}
-
-
-def test_ranks_train_a_decoder_as_one_process_does(world, talking_whisper, tmp_path):
-    folder = str(talking_whisper[0])
-    same = dict(encoder=folder, decoder=folder, stack=0, lr_decoder=1e-3, freeze_encoder=0,
-                steps=3, save_every=1, log_every=1)
-    one = Run(options(world, tmp_path / "one", **same, accumulate=2))
-    succeed(one, *start_ranks(options(world, tmp_path / "two", **same)))
-    assert_close_runs(tmp_path / "one", tmp_path / "two", 3)
-
-
 # ------------------------------------------------------- stopped, lengthened, started from another
 
 def signal_in_update(number, call):
@@ -662,7 +444,7 @@ def test_stopped_by_a_signal_a_run_saves_the_update_and_says_how_to_go_on(
     out = tmp_path / "run"
     text = Run(options(world, out, workers=1), partial(signal_in_update, number, 4)).fail()
     assert text == ("error: stopped by a signal after step 5; "
-                    f"go on with: python train.py --resume --out {out}")
+                    f"go on with --resume --out {out}")
     assert step_folder(out, 5).is_dir() and not (out / "encoder").exists()
     succeed(Run(["--resume", "--out", str(out)]))  # with OUT's own settings
     assert same_bits(weights(undisturbed.out, STEPS), weights(out, STEPS))
@@ -675,8 +457,8 @@ def test_a_signal_in_the_last_update_does_not_hold_up_the_end(world, tmp_path, u
 
 
 def test_ranks_stop_together(world, tmp_path):
-    one, other = start_ranks(options(world, tmp_path / "run"),
-                             partial(signal_in_update, signal.SIGTERM, 2))
+    argv = options(world, tmp_path / "run")
+    one, other = start_ranks(argv, argv, patch=partial(signal_in_update, signal.SIGTERM, 2))
     assert ("stopped by a signal after step 3" in one.fail()
             and "stopped by a signal after step 3" in other.fail())
 
@@ -691,14 +473,6 @@ def test_a_run_can_be_lengthened(undisturbed, world, tmp_path):
         ["--resume", "--out", str(out), "--steps", "5"]).fail()
 
 
-def test_a_new_run_can_start_from_another_runs_adapter(undisturbed, world, tmp_path):
-    s = train.parse(options(world, tmp_path / "run", adapter=step_folder(undisturbed.out, STEPS) / "adapter"))
-    model, trained = train.build_model(s, None), weights(undisturbed.out, STEPS)
-    assert all(torch.equal(trained[k], v) for k, v in model.adapter.state_dict().items())
-    start = joint_model(world.encoder, world.decoder).encoder.state_dict()
-    assert all(torch.equal(start[k], v) for k, v in model.encoder.state_dict().items())
-
-
 def limit_file_size(size):
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
@@ -710,7 +484,8 @@ def test_no_room_for_a_checkpoint(world, tmp_path, undisturbed):
     # once the encoder's moments come in, it is too much
     text = Run(argv, partial(limit_file_size, sum(sizes) // 2)).fail()
     assert "cannot save" in text and "step-00000006; is the disk full?" in text
-    assert {p.name for p in (tmp_path / "run/checkpoints").iterdir()} == {".writing", "step-00000003"}
+    assert step_folder(tmp_path / "run", 3).exists()
+    assert not step_folder(tmp_path / "run", 6).exists()
     succeed(Run([*argv, "--resume"]))
     assert_same_run(undisturbed.out, tmp_path / "run")
     text = Run(options(world, tmp_path / "none"), partial(limit_file_size, 20_000)).fail()
@@ -771,57 +546,50 @@ def tell_instructions():
 
 
 def test_other_languages_ask_in_training_alone(undisturbed, world, tmp_path, capsys):
-    out = tmp_path / "run"
-    said = succeed(Run(options(world, out, languages=["de", "ru"], steps=6), tell_instructions)).out
+    out, file = tmp_path / "run", tmp_path / "asked.json"
+    texts = {"de": {"sound_event": ["Was ist zu hören?"]}, "en": {"level": ["unused"]},
+             "ru": {"sound_event": ["Что слышно?"]}}
+    file.write_text(json.dumps(texts))
+    said = succeed(Run(options(world, out, instructions=file, steps=6), tell_instructions)).out
     asked = {line.removeprefix("asked: ") for line in said.splitlines()
              if line.startswith("asked: ")}
-    assert asked == {"How high?", "How loud?", "Was ist zu hören?", "Что слышно?",
-                     *TEMPLATES["sound_event"]}
+    english = set(read_templates()["en"]["sound_event"])
+    assert asked & english
+    assert asked - english == {"How high?", "How loud?", "Was ist zu hören?", "Что слышно?"}
     usual = metrics(undisturbed.out)
     assert metrics(out)[:2] == usual[:2]  # held-out losses and answers before training
     questions = [[a["instruction"] for a in line["answers"]] for line in metrics(out)
                  if "answers" in line]
     assert questions == [[a["instruction"] for a in usual[1]["answers"]]] * 2
-    text = error(capsys, *options(world, out, resume=True, languages=["ru"], steps=6))
-    assert "languages was ['de', 'ru'], is ['ru']" in text
-
-
-def test_a_valid_split_that_no_row_has_is_said(world, tmp_path):
-    run = succeed(Run(options(world, tmp_path / "run", valid_split="dev", steps=1)))
-    assert "split 'dev': 0 rows held out" in run.out
-    assert ("held-out loss:" not in run.out
-            and not any("held_out" in line for line in metrics(tmp_path / "run")))
+    file.write_text(json.dumps(texts | {"ru": {"level": ["Громко?"]}}))
+    text = error(capsys, *options(world, out, resume=True, instructions=file, steps=6))
+    assert "does not fit: " in text
+    file.write_text('{"de": {"level": "Laut?"}}')
+    text = error(capsys, *options(world, tmp_path / "new", instructions=file))
+    assert f"{file}: level is 'Laut?'; needs {{language: {{task: [texts]}}}}" in text
 
 
 def test_splits_are_said_with_what_is_done_with_them(world, tmp_path):
-    rows = [row | {"split": {"valid": "validation"}.get(row["split"], row["split"])}
-            for row in world.rows]
+    rows = [row | {"split": row["split"].replace("valid", "validation")} for row in world.rows]
     data = write_manifest(world.folder / "validation.jsonl", rows)
     said = succeed(Run(options(world, tmp_path / "run", data=data, steps=1))).out
-    assert ("split 'train': 48 rows to train on" in said
-            and "split 'validation': 12 rows left out" in said)
-    assert ("split 'test': 12 rows left out" in said
-            and "split 'valid': 0 rows held out" in said)
+    for says in ("'train': 48 rows to train on", "'validation': 12 rows left out",
+                 "'test': 12 rows left out", "'valid': 0 rows held out"):
+        assert f"split {says}" in said
+    assert "held-out loss:" not in said
+    assert not any("held_out" in line for line in metrics(tmp_path / "run"))
 
 
-def test_a_models_folder_is_not_taken_for_a_run(world, tmp_path, capsys):
-    out = tmp_path / "model"
-    shutil.copytree(world.encoder, out)
-    before = {p.name: p.read_bytes() for p in out.iterdir()}
+def test_a_folder_that_holds_something_else_is_left_alone(undisturbed, world, tmp_path, capsys):
+    model, finished = tmp_path / "model", tmp_path / "finished"
+    shutil.copytree(world.encoder, model)
+    shutil.copytree(undisturbed.out / "encoder", finished / "encoder")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
     for resume in (False, True):
-        text = error(capsys, *options(world, out, encoder=out, resume=resume))
-        assert "config.json" in text
-    assert before == {p.name: p.read_bytes() for p in out.iterdir()}
-
-
-def test_a_finished_run_without_checkpoints_is_not_overwritten(
-        undisturbed, world, tmp_path, capsys):
-    out = tmp_path / "run"
-    shutil.copytree(undisturbed.out / "encoder", out / "encoder")
-    for resume in (True, False):
-        assert ("holds " in (text := error(capsys, *options(world, out, resume=resume)))
-                and "another --out" in text)
-    assert sorted(p.name for p in out.iterdir()) == ["encoder"]
+        assert "config.json" in error(capsys, *options(world, model, resume=resume))
+        text = error(capsys, *options(world, finished, resume=resume))
+        assert "holds encoder already: choose another --out" in text
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
 
 
 def test_an_evaluation_forks_nothing(world, monkeypatch):
@@ -836,18 +604,23 @@ def test_an_evaluation_forks_nothing(world, monkeypatch):
 
 # ---------------------------------------------------------------- guards
 
-def loud(folder, name):
-    """A clip of finite samples whose spectrum is not: an honest NaN."""
-    write_clip(folder / name, tone(0.5) * np.float32(1e25), subtype="FLOAT")
-    return name
+def overflow():
+    """A run's patch: the mel of a clip that is louder than 2 is not finite."""
+    mel = uniwhisper.log_mel_spectrogram
+    uniwhisper.log_mel_spectrogram = lambda audio, n_mels: mel(audio, n_mels).where(
+        audio.abs().amax(1)[:, None, None] < 2, math.nan)
+
+
+def loud(folder):
+    return write_clip(folder / "clips/loud.wav", 9 * tone(0.5), subtype="FLOAT").name
 
 
 def test_a_run_of_non_finite_updates_changes_nothing_and_ends(world, tmp_path):
-    bad = loud(world.folder, "clips/loud.wav")
-    rows = [row | {"audio": bad} if row["split"] == "train" else row for row in world.rows]
+    bad = {"audio": f"clips/{loud(world.folder)}"}
+    rows = [row | bad if row["split"] == "train" else row for row in world.rows]
     out = tmp_path / "run"
     text = Run(options(world, out, data=write_manifest(world.folder / "loud.jsonl", rows),
-                       save_every=1, freeze_encoder=0)).fail()
+                       save_every=1, freeze_encoder=0), overflow).fail()
     last = train.BAD_UPDATES["fp32"] - 1
     assert f"{last + 1} updates in a row were not finite" in text
     assert same_bits(weights(out, 1), weights(out, last))
@@ -856,22 +629,8 @@ def test_a_run_of_non_finite_updates_changes_nothing_and_ends(world, tmp_path):
     assert not torch.load(step_folder(out, last) / "trainer.pt")["optimizer"]["state"]
 
 
-def test_a_row_is_named_when_one_of_its_two_draws_is_not_finite(world, tmp_path, capsys):
-    class Ten(list):
-        name = "row {}".format
-
-    log = train.Log(train.Settings(out=str(tmp_path), device="cpu", precision="fp32"),
-                    SimpleNamespace(rows=Ten(range(10)), sample_rate=1), 0)
-    more = dict(skipped=[], samples=torch.tensor([1, 1]))
-    parts = [(SimpleNamespace(rows=[7, 8], answer_tokens=[1, 2], **more),
-              torch.tensor([1.0, 2.0, math.nan])),
-             (SimpleNamespace(rows=[9, 8], answer_tokens=[1, 1], **more), torch.tensor([2.0, 3.0]))]
-    log.update(5, parts, math.nan)
-    assert capsys.readouterr().err == "step 5: gradient norm is nan, update left out; rows: row 8\n"
-
-
 def test_dirty_data_is_named_and_left_out(world, tmp_path):
-    """Two ranks; of the clips to train on one gives NaN and one is not audio,
+    """Two ranks; of the clips to train on one gives NaN (on rank 0) and one is not audio,
     a held-out one is missing."""
     more = dict(steps=8, batch_seconds=8)
     s = train.parse(options(world, tmp_path / "run", **more))
@@ -885,15 +644,18 @@ def test_dirty_data_is_named_and_left_out(world, tmp_path):
     nan, text, gone = (places[read[i]["audio"]]
                        for i in (stream[6][0], stream[9][-1], read.where("valid")[0]))
     rows[nan]["audio"], rows[text]["audio"], rows[gone]["audio"] = (
-        loud(world.folder, "clips/loud.wav"), "clips/text.wav", "gone.wav")
+        f"clips/{loud(world.folder)}", "clips/text.wav", "gone.wav")
     (world.folder / "clips/text.wav").write_text("not audio")
     data = write_manifest(world.folder / "dirty.jsonl", rows)
-    both = start_ranks(options(world, tmp_path / "run", **more, data=data))
+    argv = options(world, tmp_path / "run", **more, data=data)
+    both = start_ranks(argv, argv, patch=overflow)
     succeed(*both)
     said, lines = both[0].err + both[1].err, metrics(tmp_path / "run")
     assert f"skipped: {data}:{text + 1} (clips/text.wav): " in said
     assert f"skipped: {data}:{gone + 1} (gone.wav): " in said and "gone.wav: No such file" in said
-    assert sum(line.get("skipped", 0) for line in lines) == said.count("text.wav")
+    skipped = [line["skipped"] for line in lines if line.get("skipped")]
+    assert {task for tasks in skipped for task in tasks} == {rows[text]["task"]}
+    assert sum(sum(tasks.values()) for tasks in skipped) == said.count("text.wav")
     left_out = [line for line in lines if "non_finite" in line]
     assert 0 < len(left_out) < 8
     assert all(line["rows"] == [f"{data}:{nan + 1} (clips/loud.wav)"] for line in left_out)
@@ -901,13 +663,12 @@ def test_dirty_data_is_named_and_left_out(world, tmp_path):
     assert all(v.isfinite().all() for v in weights(tmp_path / "run", 8).values())
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_too_many_unreadable_clips_end_the_run(world, tmp_path, workers):
+def test_too_many_unreadable_clips_end_the_run(world, tmp_path):
     rows = [row | ({"audio": "clips/missing.wav", "seconds": 0.5}
                    if row["split"] == "train" and i % 2 else {})
             for i, row in enumerate(world.rows)]
-    data = write_manifest(world.folder / f"missing{workers}.jsonl", rows)
-    run = Run(options(world, tmp_path / "run", data=data, workers=workers))
+    data = write_manifest(world.folder / "missing.jsonl", rows)
+    run = Run(options(world, tmp_path / "run", data=data, workers=1))
     assert "clips could not be read" in run.fail()
     assert len(set(run.err.splitlines()[:-1])) >= 10  # each by its name
 
@@ -924,27 +685,18 @@ def test_an_error_in_a_worker_names_the_clip(world, tmp_path):
 # ---------------------------------------------------------------- flags and start-up errors
 
 @pytest.mark.parametrize("changes, says", [
-    (dict(encoder=None), "--data needs --encoder"),
     (dict(decoder=None), "--data needs --encoder and --decoder"),
     (dict(encoder="nowhere"), "nowhere/config.json is missing"),
-    (dict(decoder="nowhere"), "nowhere/config.json is missing"),
-    (dict(data="nowhere.jsonl"), "nowhere.jsonl: no such manifest or tar"),
+    (dict(data="nowhere.jsonl"), "nowhere.jsonl: No such file"),
     (dict(train_split=["train", "valid"]), "--valid-split valid is also in --train-split"),
     (dict(train_split="fold9"), "--train-split"),
     (dict(steps=0), "--steps is 0"),
     (dict(stack=0, freeze_encoder=0),
      "stack is 0, no adapter, but the encoder is 48 wide and the decoder 56"),
     (dict(lr_decoder=-1), "--lr-decoder is -1"),
-    (dict(batch_seconds=-1), "--batch-seconds is -1"),
-    (dict(grad_clip=0), "--grad-clip is 0"),
     (dict(grad_clip="nan"), "--grad-clip is nan"),
     (dict(save_every=0), "--save-every is 0; it must be above 0"),
-    (dict(threads=-1), "--threads is -1; it must be 0 or more"),
-    (dict(lr_encoder=-1), "--lr-encoder is -1"),
-    (dict(task_weights=["height"]), "could not convert string to float: 'height'"),
     (dict(task_weights=["height=much"]), "could not convert string to float: 'much'"),
-    (dict(task_weights=["height=-1"]),
-     "task weights {'height': -1.0}: each must be a number of 0 or more"),
     (dict(task_weights=["height=0"]),
      "task weights {'height': 0.0}: each must be a number of 0 or more, and one must be above"),
     (dict(task_weights=["depth=1"]), "['depth']"),
@@ -956,13 +708,11 @@ def test_settings_that_cannot_work(world, tmp_path, capsys, changes, says):
 
 @pytest.mark.parametrize("line, says", [
     ("{not json", "not JSON"),
-    ('{"answer": "x"}', 'lacks "audio"'),
-    ('{"audio": "a.wav", "instruction": "x", "answer": " "}', "answer is ' '"),
-    ('{"audio": "a.wav", "answer": "yes", "task": "unheard"}', "'unheard' has no templates"),
-    ('{"audio": "a.wav", "instruction": 5, "answer": "yes"}', "instruction is 5; need a text"),
+    ('{"audio": "a.wav", "instruction": "x", "answer": " "}', "bad.jsonl:1 (a.wav): training needs an answer"),
+    ('{"audio": "a.wav", "answer": "yes", "task": "unheard"}', 
+     "an instruction or a task with templates (--instructions), not {'audio': 'a.wav', "),
     ('{"audio": "a.wav", "instruction": "x", "answer": "y", "seconds": 31}',
      "longer than --max-seconds 30"),
-    ('{"audio": "a.wav", "instruction": "x", "answer": "y", "seconds": "1"}', "seconds is '1'"),
     ("", "holds no rows"),
 ])
 def test_bad_manifests(world, tmp_path, capsys, line, says):
@@ -987,10 +737,7 @@ def test_bad_weights(world, tmp_path, capsys):
 
 @pytest.mark.parametrize("flags, says", [
     (["--stepps", "3"], "unrecognized arguments"),
-    (["--step", "3"], "unrecognized arguments"),
     (["--loss", "word"], "invalid choice"),
-    (["--device", "tpu"], "invalid choice"),
-    (["--languages", "de", "xx"], "argument --languages: invalid choice: 'xx'"),
     (["--steps", "many"], "invalid int value"),
 ])
 def test_unknown_flags_are_errors(capsys, flags, says):
