@@ -288,13 +288,13 @@ def succeed(*runs: Run) -> Run:
     return runs[0]
 
 
-def start_ranks(*argvs, patch=dict) -> list[Run]:
+def start_ranks(*argvs, patch=dict, **how) -> list[Run]:
     """A rank for each command line, as torchrun starts them; the patch is rank 0's."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    return [Run(argv, dict if rank else patch, RANK=str(rank), LOCAL_RANK=str(rank),
-                WORLD_SIZE=str(len(argvs)), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    how |= dict(WORLD_SIZE=str(len(argvs)), MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    return [Run(argv, dict if rank else patch, RANK=str(rank), LOCAL_RANK=str(rank), **how)
             for rank, argv in enumerate(argvs)]
 
 
