@@ -1,93 +1,103 @@
 #!/usr/bin/env bash
-# README's result, from weights and clips to the picture. What is done is not done again.
+# README's result, from the weights to the pictures. What is done is not done again.
 #
-#     tests/recipe/recipe.sh WEIGHTS SUITE TRANSFER OUT        # some hours of a CPU for each seed
+#     tests/recipe/recipe.sh WEIGHTS OUT
+#     STEPS=20 SEEDS=0 TASKS="drum letters_language" tests/recipe/recipe.sh WEIGHTS OUT  # a trial
 #
-# WEIGHTS holds whisper-base/, SUITE the eleven manifests below, TRANSFER those whose clips come
-# from other sources than training's. In the environment:
-# SEEDS   the runs ("0 1 2")
-# SHARE   how far from the untouched encoder the judged ones lie (1: all the way). The rule, on
-#         OUT/valid/ of the first seed: of those within 0.05 of the untouched encoder's word error
-#         rate on transcribe_dutch at 30 s, the best mean of the suite's kNN and MLP; if there is
-#         none, the one that reads Dutch best. (0.25 is too near to read a clip at its own length.)
-# FLITE   a folder of make_flite.py, whose words are then judged on valid, too
+# WEIGHTS holds whisper-base/ and qwen2.5-0.5b/ (weights/README.md). OUT gets suite/, transfer/,
+# seed-*/ (runs), the probes' scores in valid/, test/, part/ and part-30s/, and the pictures.
+# Needs pip install -e '.[test,plot]' and what make_suite.py and make_transfer.py name.
+#
+# The judged encoders lie a share of the way from the untouched weights to the trained ones. The
+# rule for it, on the first seed: the highest mean of two means on valid splits, over the suite's
+# tasks and over command_flite and letters_language, averaged over kNN and MLP.
 set -euo pipefail
-here=$(realpath "$(dirname "$0")/../..")
-mkdir -p "$4"
-ln -sfn "$(realpath "$1")" "$4/weights"
-ln -sfn "$(realpath "$2")" "$4/suite"
-ln -sfn "$(realpath "$3")" "$4/transfer"
-[ -z "${FLITE:-}" ] || ln -sfn "$(realpath "$FLITE")" "$4/flite"
-cd "$4"  # so that the files written here name no other folder
-seeds=${SEEDS:-0 1 2} share=${SHARE:-0.5}
-untouched=weights/whisper-base
-suite=(suite/{caption,command,drum,game_sound,instrument,language,pitch}.jsonl
-       suite/{speaker_count,tagging,voice}.jsonl)
-others=(transfer/{command_festival,letters_language,game_sound_other}.jsonl)
-spoken=(suite/transcribe.jsonl transfer/transcribe_dutch.jsonl)
+seeds=${SEEDS:-0 1 2}             # a run each
+steps=${STEPS:-9000}              # updates of a run
+lr=${LR:-1e-4}                    # the encoder's
+batch_seconds=${BATCH_SECONDS:-16}
+silence=${SILENCE:-1}             # seconds behind a clip, in training and probes
+shares=${SHARES:-0.25 0.5 0.75 1}
+part=${PART:-1000 300}            # most clips of train, and of test, of a task at 30 s
+tasks=${TASKS:-}                  # probe these alone; default: all. The runs train on all
 
-probe() {  # JSON FLAGS...; probe.py writes after each task, so only a whole file gets the name
-    [ -f "$1" ] && return
-    python "$here/probe.py" --precision bf16 --cache cache --json "$1.part" "${@:2}"
+here=$(realpath "$(dirname "$0")/../..")
+mkdir -p "$2"
+ln -sfn "$(realpath "$1")" "$2/weights"
+cd "$2"  # so that the files written here name no other folder
+untouched=weights/whisper-base
+
+manifests() {  # FOLDER TASK...: those that are to be probed
+    for task in "${@:2}"; do
+        if [[ -z $tasks || " $tasks " == *" $task "* ]]; then echo "$1/$task.jsonl"; fi
+    done
+}
+
+probe() {  # JSON ENCODER SILENCE FLAGS...; probe.py writes after each task: renamed when whole
+    [ ! -f "$1" ] || return 0
+    mkdir -p "$(dirname "$1")"
+    python "$here/probe.py" --precision bf16 --cache cache --encoder "$2" --silence "$3" \
+        --json "$1.part" "${@:4}"
     mv "$1.part" "$1"
 }
 
-outside() {  # JSON wer|knn FLAGS...
-    [ -f "$1" ] || python "$here/tests/recipe/outside.py" "${@:2}" --json "$1"
+export_share() {  # RUN SHARE
+    python "$here/uniwhisper.py" export --run "$1" "$1/share-$2" --blend "$2"
 }
 
-# ---- training
+# ---- clips
+
+build() {  # FOLDER SCRIPT ARGUMENTS...; renamed when whole
+    [ ! -d "$1" ] || return 0
+    python "$here/tests/recipe/$2" "${@:3}" "$1.part"
+    mv "$1.part" "$1"
+}
+build suite make_suite.py
+build transfer make_transfer.py suite
+mapfile -t suite < <(manifests suite language speaker_count voice command instrument pitch drum \
+    game_sound tagging caption)
+mapfile -t choice < <(manifests transfer command_flite letters_language)
+mapfile -t others < <(manifests transfer command_festival letters_language game_sound_other)
+# shellcheck disable=SC2086
+python "$here/tests/recipe/choose.py" clips $part part "${suite[@]}" "${others[@]}"
+
+# ---- runs: through the frozen Qwen, one loss, all eleven tasks
 
 for seed in $seeds; do
     # The C library keeps what an update frees: on a CPU a tenth faster.
     [ -f "seed-$seed/encoder/config.json" ] || MALLOC_TRIM_THRESHOLD_=-1 MALLOC_MMAP_MAX_=0 \
-        python "$here/train.py" --resume --seed "$seed" --out "seed-$seed" \
-        --data "${suite[@]}" suite/transcribe.jsonl --encoder "$untouched" \
-        --task-weights caption=1 command=0.2 drum=1 game_sound=1 instrument=1 language=1 \
-        pitch=1 speaker_count=1 tagging=1 transcribe=1 voice=1 --decoder "$untouched" \
-        --stack 0 --lr-decoder 3e-5 --steps 3000 --batch-seconds 16 --loss example \
-        --lr-encoder 4e-5 --warmup 60 --words transcribe --words-weight 5 --workers 1 \
-        --eval-every 1000 --eval-clips 8 --questions 0 --save-every 500 --keep 10
+        python "$here/train.py" --resume --seed "$seed" --out "seed-$seed" --data suite/*.jsonl \
+        --encoder "$untouched" --decoder weights/qwen2.5-0.5b --stack 8 --silence "$silence" \
+        --steps "$steps" --lr-encoder "$lr" --batch-seconds "$batch_seconds" --workers 1 \
+        --eval-every 1000 --eval-clips 8 --questions 0
 done
 
-# ---- choices, on valid splits alone: the first seed's shares, and its way there
+# ---- the share, on valid splits
 
 first=seed-${seeds%% *}
-on_valid() {  # JSON FOLDER
-    probe "$1" --encoder "$2" --on valid --seeds 1 --data "${suite[@]}" \
-        transfer/letters_language.jsonl ${FLITE:+flite/command_flite.jsonl}
+on_valid() { probe "$1" "$2" "$silence" --on valid --seeds 1 --data "${suite[@]}" "${choice[@]}"; }
+on_valid valid/untouched.json "$untouched"
+for share in $shares; do
+    export_share "$first" "$share"
+    on_valid "valid/share-$share.json" "$first/share-$share"
+done
+python "$here/tests/recipe/choose.py" share valid/share-*.json > share.txt
+share=$(cat share.txt)
+
+# ---- the result, on test splits: all clips; and a part, which is encoded at 30 s, too
+
+judge() {  # NAME ENCODER
+    probe "test/$1.json" "$2" "$silence" --data "${suite[@]}" "${others[@]}"
+    probe "part/$1.json" "$2" "$silence" --data part/*.jsonl
 }
-judge() {  # NAME FOLDER
-    on_valid "valid/$1.json" "$2"
-    outside "valid/$1-words.json" wer --encoder "$2" --on valid --clips 40 --data "${spoken[@]}"
-}
-mkdir -p valid
 judge untouched "$untouched"
-for each in 0.5 0.75 1; do
-    python "$here/uniwhisper.py" export --run "$first" "$first/share-$each" --blend "$each"
-    judge "share-$each" "$first/share-$each"
-done
-for updates in 1000 2000; do
-    on_valid "valid/after-$updates.json" "$first/checkpoints/step-0000$updates/encoder"
-done
-
-# ---- the result, on test splits
-
-trained=()
 for seed in $seeds; do
-    trained+=("seed-$seed/share-$share")
-    python "$here/uniwhisper.py" export --run "seed-$seed" "${trained[-1]}" --blend "$share"
+    export_share "seed-$seed" "$share"
+    judge "seed-$seed" "seed-$seed/share-$share"
 done
-# The untouched encoder once more, on clips padded to 30 s, as Whisper was trained: an hour.
-probe padded.json --encoder "$untouched" --context window --data "${suite[@]}" "${others[@]}"
-probe scores.json --encoder "$untouched" "${trained[@]}" --data "${suite[@]}" "${others[@]}"
-outside words.json wer --encoder "$untouched" "${trained[@]}" --clips 60 --data "${spoken[@]}"
-# The first seed, not averaged.
-probe trained.json --encoder "$first/share-1" --data "${suite[@]}" "${others[@]}"
-outside trained-words.json wer --encoder "$first/share-1" --clips 60 --data "${spoken[@]}"
-outside neighbours.json knn --encoder "$untouched" "${trained[0]}" \
-    --data suite/{drum,game_sound,instrument,pitch,voice}.jsonl "${others[@]}"
-[ -f look.json ] || python "$here/tests/look.py" \
-    --encoder "$untouched" "${trained[0]}" "$first/share-1" --names untouched "share $share" \
-    trained --data suite/{voice,pitch}.jsonl --json look.json --picture look.png
+probe part-30s/untouched.json "$untouched" 30 --data part/*.jsonl
+probe "part-30s/$first.json" "$first/share-$share" 30 --data part/*.jsonl
+mapfile -t near < <(manifests suite voice instrument pitch drum game_sound)
+[ -f neighbours.json ] || python "$here/tests/recipe/neighbours.py" --json neighbours.json \
+    --encoder "$untouched" "$first/share-$share" --data "${near[@]}" "${others[@]}"
 python "$here/tests/recipe/plot.py" .
