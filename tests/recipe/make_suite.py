@@ -247,6 +247,7 @@ def stamps(root, language, transcribe):
         if said and audio is not None:
             transcribe.add(audio, split, answer=said, language=LANGUAGES[code])
             speech.append((audio, split, code))
+    language.close()
     return speech
 
 
@@ -269,6 +270,7 @@ def prompts(roots, transcribe):
             if said:
                 transcribe.add(load(path, 12), split_of(("prompt", path.stem)), answer=said,
                                language=LANGUAGES[code])
+    transcribe.close()
 
 
 def speaker_count(speech, task):
@@ -286,6 +288,7 @@ def speaker_count(speech, task):
                 at = rng.randint(0, len(mix) - len(audio))
                 mix[at : at + len(audio)] += at_random_level(audio, rng, 0.15)
             task.add(limited(mix), split, ["one", "two", "three", "four", "five"][i % 5])
+    task.close()
 
 
 def at_random_level(audio, rng, decades):
@@ -301,6 +304,7 @@ def limited(audio):
 def voice(root, task):
     for path in sorted(root.rglob("voices/*/*.ogg")):
         task.add(load(path), split_of(("voice", path.stem)), path.parent.name.replace("_", " "))
+    task.close()
 
 
 def command(task):
@@ -320,6 +324,7 @@ def command(task):
         spoken = pool.map(speak, [say for say, _, _ in jobs])
         for audio, (_, split, word) in zip(spoken, jobs):
             task.add(audio, split, word)
+    task.close()
 
 
 # ---------------------------------------------------------------- music
@@ -372,6 +377,8 @@ def instruments(train_font, test_font, instrument, pitch):
                 instrument.add(audio, split, FAMILIES[program // 8], program=program)
                 if program < 96:  # later ones are effects, drums and noises
                     pitch.add(audio, split, NOTES[key % 12], program=program)
+    instrument.close()
+    pitch.close()
 
 
 def drum(root, task):
@@ -383,6 +390,7 @@ def drum(root, task):
             for file in instrument.iter("filename"):
                 if label and file.text and (kit.parent / file.text).exists():
                     task.add(load(kit.parent / file.text, 3), split, label)
+    task.close()
 
 
 # ---------------------------------------------------------------- other sounds
@@ -405,6 +413,7 @@ def game_sound(roots, task):
                 task.add(load(path, 6), split_of((root.name, folder, stem)), label,
                          caption=SOUNDS[label][0],
                          source=f"{root.name}/{folder}/{path.name}".lower())
+    task.close()
 
 
 def captions(sentences):
@@ -446,6 +455,8 @@ def mixtures(out, sources, tagging, caption):
                 mix[j * part : j * part + len(audio)] += audio
             texts = captions([SENTENCES[name] for name in picked])
             caption.add(limited(mix), split, answer=texts[0], captions=texts)
+    tagging.close()
+    caption.close()
 
 
 def main():
@@ -467,12 +478,8 @@ def main():
     instruments(*fonts, task["instrument"], task["pitch"])
     drum(kits, task["drum"])
     game_sound(games, task["game_sound"])
-    for name in list(TASKS)[:-2]:
-        task[name].close()
     mixed = [task[name] for name in ("language", "instrument", "drum", "game_sound")]
     mixtures(out, mixed, task["tagging"], task["caption"])
-    task["tagging"].close()
-    task["caption"].close()
 
 
 if __name__ == "__main__":
