@@ -5,12 +5,12 @@
 #     STEPS=20 SEEDS=0 TASKS="drum letters_language" tests/recipe/recipe.sh WEIGHTS OUT  # a trial
 #
 # WEIGHTS holds whisper-base/ and qwen2.5-0.5b/ (weights/README.md). OUT gets suite/, transfer/,
-# seed-*/ (runs), the probes' scores in valid/, test/, part/ and part-30s/, and the pictures.
+# seed-*/ (runs), the probes' scores in valid/, test/, part/ and part-30s/, and the picture.
 # Needs pip install -e '.[test,plot]' and what make_suite.py and make_transfer.py name.
 #
 # The judged encoders lie a share of the way from the untouched weights to the trained ones. The
-# rule for it, on the first seed: the highest mean of two means on valid splits, over the suite's
-# tasks and over command_flite and letters_language, averaged over kNN and MLP.
+# rule, on the first seed's valid splits: the highest mean of two means, one over the suite's tasks
+# and one over command_flite and letters_language, averaged over kNN and MLP.
 set -euo pipefail
 seeds=${SEEDS:-0 1 2}             # a run each
 steps=${STEPS:-9000}              # updates of a run
@@ -41,12 +41,9 @@ probe() {  # JSON ENCODER SILENCE FLAGS...; probe.py writes after each task: ren
     mv "$1.part" "$1"
 }
 
-export_share() {  # RUN SHARE
-    python "$here/uniwhisper.py" export --run "$1" "$1/share-$2" --blend "$2"
-}
+export_share() { python "$here/uniwhisper.py" export --run "$1" "$1/share-$2" --blend "$2"; }
 
 # ---- clips
-
 build() {  # FOLDER SCRIPT ARGUMENTS...; renamed when whole
     [ ! -d "$1" ] || return 0
     python "$here/tests/recipe/$2" "${@:3}" "$1.part"
@@ -58,11 +55,9 @@ mapfile -t suite < <(manifests suite language speaker_count voice command instru
     game_sound tagging caption)
 mapfile -t choice < <(manifests transfer command_flite letters_language)
 mapfile -t others < <(manifests transfer command_festival letters_language game_sound_other)
-# shellcheck disable=SC2086
 python "$here/tests/recipe/choose.py" clips $part part "${suite[@]}" "${others[@]}"
 
 # ---- runs: through the frozen Qwen, one loss, all eleven tasks
-
 for seed in $seeds; do
     # The C library keeps what an update frees: on a CPU a tenth faster.
     [ -f "seed-$seed/encoder/config.json" ] || MALLOC_TRIM_THRESHOLD_=-1 MALLOC_MMAP_MAX_=0 \
@@ -73,7 +68,6 @@ for seed in $seeds; do
 done
 
 # ---- the share, on valid splits
-
 first=seed-${seeds%% *}
 on_valid() { probe "$1" "$2" "$silence" --on valid --seeds 1 --data "${suite[@]}" "${choice[@]}"; }
 on_valid valid/untouched.json "$untouched"
@@ -81,11 +75,13 @@ for share in $shares; do
     export_share "$first" "$share"
     on_valid "valid/share-$share.json" "$first/share-$share"
 done
-python "$here/tests/recipe/choose.py" share valid/share-*.json > share.txt
+[ -f share.txt ] || {
+    python "$here/tests/recipe/choose.py" share valid/share-*.json > share.part
+    mv share.part share.txt
+}
 share=$(cat share.txt)
 
 # ---- the result, on test splits: all clips; and a part, which is encoded at 30 s, too
-
 judge() {  # NAME ENCODER
     probe "test/$1.json" "$2" "$silence" --data "${suite[@]}" "${others[@]}"
     probe "part/$1.json" "$2" "$silence" --data part/*.jsonl
