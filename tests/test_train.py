@@ -19,12 +19,12 @@ import pytest
 import torch
 from conftest import (HERE, RATE, Run, joint_model, make_tokenizer, start_ranks, succeed, tone,
                       write_clip, write_manifest)
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 import train
 import uniwhisper
 from data import Batches, Rows, read_templates
-from uniwhisper import export, load_decoder, load_encoder, load_run
+from uniwhisper import load_decoder, load_run
 
 STEPS, FROZEN = 12, 3
 pytestmark = pytest.mark.usefixtures("forks")
@@ -70,17 +70,13 @@ def options(world, out, **changes) -> list[str]:
     return flags
 
 
-def one_line(text: str) -> str:
-    assert text.startswith("error: ") and "\n" not in text
-    return text
-
-
 def error(capsys, *argv) -> str:
     """The one line with which the command line ends, here in this process."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr(sys, "argv", ["train.py", *argv])
         train.main()
-    return one_line(end.value.code)
+    assert end.value.code.startswith("error: ") and "\n" not in end.value.code
+    return end.value.code
 
 
 def metrics(out) -> list[dict]:
@@ -170,8 +166,8 @@ def gradient(world, out, loss, sizes):
 def test_accumulation_equals_one_large_batch(world, tmp_path, loss):
     whole, losses, norm = gradient(world, tmp_path / "one", loss, [12])
     parts, losses_of_parts, norm_of_parts = gradient(world, tmp_path / "three", loss, [2, 7, 3])
-    assert (losses == pytest.approx(losses_of_parts, rel=1e-5)
-            and norm == pytest.approx(norm_of_parts, rel=1e-5))
+    assert losses == pytest.approx(losses_of_parts, rel=1e-5)
+    assert norm == pytest.approx(norm_of_parts, rel=1e-5)
     for k in whole:
         assert (whole[k] - parts[k]).abs().max() <= 1e-5 * whole[k].abs().max() + 1e-7, k
 
@@ -222,12 +218,10 @@ def test_schedule():
 
 def test_config_and_metrics(undisturbed, world):
     config = json.loads((undisturbed.out / "config.json").read_text())
-    assert (config["steps"] == STEPS and config["encoder"] == world.encoder
-            and config["data"] == [world.data])
-    lines = [json.loads(line)
-             for line in (undisturbed.out / "metrics.jsonl").read_text().splitlines()]
-    logged = [line for line in lines if "loss" in line]
-    # every second, and each checkpoint
+    assert config["steps"] == STEPS and config["encoder"] == world.encoder
+    assert config["data"] == [world.data]
+    lines = [json.loads(line) for line in open(undisturbed.out / "metrics.jsonl")]
+    logged = [line for line in lines if "loss" in line]  # every second, and each checkpoint
     assert [line["step"] for line in logged] == [2, 3, 4, 6, 8, 9, 10, 12]
     for line in logged:
         assert line.keys() == {"step", "loss", "tasks", "norm", "lr", "audio_seconds_per_second",
@@ -253,8 +247,7 @@ def test_the_encoder_loads_in_transformers(undisturbed, world, whisper):
     final = weights(undisturbed.out, STEPS)
     assert all(torch.equal(final[f"model.encoder.{k}"], v)
                for k, v in model.encoder.state_dict().items())
-    assert all(torch.equal(whisper[1].decoder.state_dict()[k], v)
-               for k, v in model.decoder.state_dict().items())
+    assert same_bits(whisper[1].decoder.state_dict(), model.decoder.state_dict())
 
 
 def test_the_encoder_is_frozen_and_let_go(undisturbed, world):
@@ -264,13 +257,8 @@ def test_the_encoder_is_frozen_and_let_go(undisturbed, world):
     assert all(torch.equal(frozen[k], v) for k, v in start.items())
     assert not torch.equal(frozen["fc2.weight"], last["fc2.weight"])
     for k in start:
-        assert torch.equal(start[k], last[k]) == ("embed_positions" in k), k
-        assert torch.equal(start[k], free[k]) == ("embed_positions" in k), k
-    adapter = len([k for k in frozen if k.startswith(("norm.", "fc1.", "fc2."))])
-    states = [
-        len(torch.load(step_folder(undisturbed.out, step) / "trainer.pt")["optimizer"]["state"])
-        for step in (FROZEN, 6)]
-    assert states == [adapter, adapter + len(start) - 1]
+        for then in (free, last):
+            assert torch.equal(start[k], then[k]) == ("embed_positions" in k), k
 
 
 def test_bf16_and_the_other_options_run(world, tmp_path):
@@ -330,6 +318,7 @@ def test_when_one_rank_dies_all_end(world, tmp_path):
     while not (out / "metrics.jsonl").exists() or not any("loss" in x for x in metrics(out)):
         assert one.process.is_alive() and other.process.is_alive()
         time.sleep(0.1)
+    assert "another run writes to" in Run([*argv, "--resume"]).fail()
     other.process.kill()
     assert one.wait().code == 1  # not killed by `wait`, as what hangs is
 
@@ -405,15 +394,10 @@ def moved(module, start) -> set[str]:
 def test_a_trained_qwen_is_saved_and_exported_by_itself(world, tmp_path):
     from transformers import Qwen2ForCausalLM, WhisperModel
 
-    same = dict(lr_decoder=1e-3, freeze_encoder=3, save_every=1, steps=6)
-    whole = Run(options(world, tmp_path / "whole", **same))
-    argv = options(world, tmp_path / "killed", **same)
-    assert Run(argv, partial(kill_in_save, 5)).wait().code == -signal.SIGKILL
-    succeed(Run([*argv, "--resume"]), whole)
-    assert_same_run(tmp_path / "whole", tmp_path / "killed", 6)
-    start, out = load_decoder(world.decoder), tmp_path / "whole"
-    # the adapter trained alone
-    assert not moved(load_decoder(step_folder(out, 3) / "decoder"), start)
+    start, out = load_decoder(world.decoder), tmp_path / "run"
+    succeed(Run(options(world, out, lr_decoder=1e-3, steps=6)))
+    # until then the adapter trained alone
+    assert not moved(load_decoder(step_folder(out, FROZEN) / "decoder"), start)
     trained = load_run(out).decoder
     assert moved(trained, start) == {"embed_tokens", "lm_head", "layers", "norm"}
     assert trained.lm_head.weight is trained.embed_tokens.weight
@@ -424,7 +408,7 @@ def test_a_trained_qwen_is_saved_and_exported_by_itself(world, tmp_path):
     assert same_bits(its, before)
 
 
-# ------------------------------------------------------- stopped, lengthened, started from another
+# ---------------------------------------------------------------- stopped, lengthened, refused
 
 def signal_in_update(number, call):
     """As from outside, between backward and the optimizer's step of the `call`-th update."""
@@ -443,8 +427,7 @@ def test_stopped_by_a_signal_a_run_saves_the_update_and_says_how_to_go_on(
         world, tmp_path, undisturbed, number):
     out = tmp_path / "run"
     text = Run(options(world, out, workers=1), partial(signal_in_update, number, 4)).fail()
-    assert text == ("error: stopped by a signal after step 5; "
-                    f"go on with --resume --out {out}")
+    assert text == f"error: stopped by a signal after step 5; go on with --resume --out {out}"
     assert step_folder(out, 5).is_dir() and not (out / "encoder").exists()
     succeed(Run(["--resume", "--out", str(out)]))  # with OUT's own settings
     assert same_bits(weights(undisturbed.out, STEPS), weights(out, STEPS))
@@ -459,8 +442,8 @@ def test_a_signal_in_the_last_update_does_not_hold_up_the_end(world, tmp_path, u
 def test_ranks_stop_together(world, tmp_path):
     argv = options(world, tmp_path / "run")
     one, other = start_ranks(argv, argv, patch=partial(signal_in_update, signal.SIGTERM, 2))
-    assert ("stopped by a signal after step 3" in one.fail()
-            and "stopped by a signal after step 3" in other.fail())
+    for rank in (one, other):
+        assert "stopped by a signal after step 3" in rank.fail()
 
 
 def test_a_run_can_be_lengthened(undisturbed, world, tmp_path):
@@ -488,15 +471,6 @@ def test_no_room_for_a_checkpoint(world, tmp_path, undisturbed):
     assert not step_folder(tmp_path / "run", 6).exists()
     succeed(Run([*argv, "--resume"]))
     assert_same_run(undisturbed.out, tmp_path / "run")
-    text = Run(options(world, tmp_path / "none"), partial(limit_file_size, 20_000)).fail()
-    assert "cannot save" in text
-
-
-def test_no_room_for_the_encoder(undisturbed, world, tmp_path):
-    shutil.copytree(undisturbed.out, tmp_path / "run")
-    size = (undisturbed.out / "encoder/model.safetensors").stat().st_size
-    assert "run/encoder" in Run(options(world, tmp_path / "run", resume=True),
-                                partial(limit_file_size, size // 2)).fail()
 
 
 def test_resume_looks_in_the_folder_that_the_run_writes_to(world, tmp_path, monkeypatch, capsys):
@@ -509,8 +483,7 @@ def test_resume_looks_in_the_folder_that_the_run_writes_to(world, tmp_path, monk
     s = train.parse(options(world, None, resume=True))
     assert s.out == str(tmp_path / "out") and s.seed == 5
     assert train.parse(["--resume"]).seed == 7
-    assert "gone/config.json is missing" in error(
-        capsys, "--resume", "--out", "gone")
+    assert "gone/config.json is missing" in error(capsys, "--resume", "--out", "gone")
 
 
 def test_resume_wants_the_same_settings(undisturbed, world, tmp_path, capsys):
@@ -521,13 +494,14 @@ def test_resume_wants_the_same_settings(undisturbed, world, tmp_path, capsys):
     assert "lr_encoder was 0.0001, is 0.5" in text and "seed was 0, is 3" in text
     fewer = write_manifest(world.folder / "fewer.jsonl", world.rows[1:])
     assert "rows was 60, is 59" in error(capsys, *options(world, out, resume=True, data=fewer))
-    # other numbers for the same rows
-    turned = write_manifest(world.folder / "turned.jsonl", world.rows[::-1])
-    assert "checksum was " in error(capsys, *options(world, out, resume=True, data=turned))
-    swap = {"train": "valid", "valid": "train"}
-    swapped = write_manifest(world.folder / "swap.jsonl",
-                             [r | {"split": swap.get(r["split"], "test")} for r in world.rows])
-    assert "splits was " in error(capsys, *options(world, out, resume=True, data=swapped))
+    # other numbers for the same rows; a text; audio
+    for rows in (world.rows[::-1], [world.rows[0] | {"answer": "lox"}, *world.rows[1:]],
+                 [world.rows[0] | {"audio": world.rows[1]["audio"]}, *world.rows[1:]]):
+        data = write_manifest(world.folder / "changed.jsonl", rows)
+        assert "checksum was " in error(capsys, *options(world, out, resume=True, data=data))
+    shutil.copytree(world.folder, tmp_path / "moved")
+    s = train.parse(options(world, out, resume=True, data=tmp_path / "moved/all.jsonl"))
+    assert train.load_state(s, train.open_rows(s), step_folder(out, STEPS))["step"] == STEPS
     trainer = step_folder(out, STEPS) / "trainer.pt"
     os.truncate(trainer, 1000)
     assert f"{trainer} is damaged" in error(capsys, *options(world, out, resume=True))
@@ -551,8 +525,7 @@ def test_other_languages_ask_in_training_alone(undisturbed, world, tmp_path, cap
              "ru": {"sound_event": ["Что слышно?"]}}
     file.write_text(json.dumps(texts))
     said = succeed(Run(options(world, out, instructions=file, steps=6), tell_instructions)).out
-    asked = {line.removeprefix("asked: ") for line in said.splitlines()
-             if line.startswith("asked: ")}
+    asked = {line[7:] for line in said.splitlines() if line.startswith("asked: ")}
     english = set(read_templates()["en"]["sound_event"])
     assert asked & english
     assert asked - english == {"How high?", "How loud?", "Was ist zu hören?", "Что слышно?"}
@@ -598,8 +571,8 @@ def test_an_evaluation_forks_nothing(world, monkeypatch):
     rows = Rows(world.data, answers=True)
     model = train.build_model(s, None)
     monkeypatch.setattr(os, "fork", lambda: pytest.fail("forked"))
-    assert (train.evaluate(s, model, Batches(rows, model.decoder.tokenizer, RATE)).keys()
-            == set(rows.tasks))
+    losses = train.evaluate(s, model, Batches(rows, model.decoder.tokenizer, RATE))
+    assert losses.keys() == set(rows.tasks)
 
 
 # ---------------------------------------------------------------- guards
@@ -668,7 +641,7 @@ def test_too_many_unreadable_clips_end_the_run(world, tmp_path):
                    if row["split"] == "train" and i % 2 else {})
             for i, row in enumerate(world.rows)]
     data = write_manifest(world.folder / "missing.jsonl", rows)
-    run = Run(options(world, tmp_path / "run", data=data, workers=1))
+    run = Run(options(world, tmp_path / "run", data=data))
     assert "clips could not be read" in run.fail()
     assert len(set(run.err.splitlines()[:-1])) >= 10  # each by its name
 
@@ -676,10 +649,8 @@ def test_too_many_unreadable_clips_end_the_run(world, tmp_path):
 def test_an_error_in_a_worker_names_the_clip(world, tmp_path):
     rows = [row | {"audio": "clips/missing.wav", "seconds": 0.5} for row in world.rows]
     data = write_manifest(world.folder / "gone.jsonl", rows)
-    run = Run(options(world, tmp_path / "run", data=data, workers=1)).wait()
-    text = run.err.splitlines()[-1]
-    assert run.code == 1 and "clips in a row cannot be read" in text
-    assert "clips/missing.wav: No such file" in text
+    text = Run(options(world, tmp_path / "run", data=data, workers=1)).fail()
+    assert "clips in a row cannot be read" in text and "clips/missing.wav: No such file" in text
 
 
 # ---------------------------------------------------------------- flags and start-up errors
@@ -708,8 +679,9 @@ def test_settings_that_cannot_work(world, tmp_path, capsys, changes, says):
 
 @pytest.mark.parametrize("line, says", [
     ("{not json", "not JSON"),
-    ('{"audio": "a.wav", "instruction": "x", "answer": " "}', "bad.jsonl:1 (a.wav): training needs an answer"),
-    ('{"audio": "a.wav", "answer": "yes", "task": "unheard"}', 
+    ('{"audio": "a.wav", "instruction": "x", "answer": " "}',
+     "bad.jsonl:1 (a.wav): training needs an answer"),
+    ('{"audio": "a.wav", "answer": "yes", "task": "unheard"}',
      "an instruction or a task with templates (--instructions), not {'audio': 'a.wav', "),
     ('{"audio": "a.wav", "instruction": "x", "answer": "y", "seconds": 31}',
      "longer than --max-seconds 30"),
@@ -724,15 +696,10 @@ def test_bad_manifests(world, tmp_path, capsys, line, says):
 def test_bad_weights(world, tmp_path, capsys):
     assert "model_type is 'qwen2'" in error(
         capsys, *options(world, tmp_path / "run", encoder=world.decoder))
-    bare = tmp_path / "bare"
-    shutil.copytree(world.decoder, bare)
-    make_tokenizer(bare, chat_tokens=())
+    shutil.copytree(world.decoder, tmp_path / "bare")
+    make_tokenizer(tmp_path / "bare", chat_tokens=())
     assert "lacks the token <|im_start|>" in error(
-        capsys, *options(world, tmp_path / "run", decoder=bare))
-    (bare / "tokenizer.json").write_text("{")
-    assert "tokenizer.json" in error(capsys, *options(world, tmp_path / "run", decoder=bare))
-    (bare / "model.safetensors").write_bytes(b"0123456789")
-    assert "damaged" in error(capsys, *options(world, tmp_path / "run", decoder=bare))
+        capsys, *options(world, tmp_path / "run", decoder=tmp_path / "bare"))
 
 
 @pytest.mark.parametrize("flags, says", [
