@@ -3,15 +3,9 @@ import json
 import xml.etree.ElementTree as xml
 
 import choose
+import make_suite as suite
 import pytest
 from conftest import write_manifest
-
-
-@pytest.fixture
-def suite():
-    pytest.importorskip("scipy")
-    import make_suite
-    return make_suite
 
 
 @pytest.fixture
@@ -21,7 +15,7 @@ def plot():
     return plot
 
 
-def test_the_first_pattern_that_fits_gives_the_label(suite):
+def test_the_first_pattern_that_fits_gives_the_label():
     sounds = {name: pattern for name, (_, pattern) in suite.SOUNDS.items()}
     for name, label in [("wolf_hit.ogg", "animal"), ("worker_die1.wav", "person in pain"),
                         ("worker_mine.wav", "workshop"), ("archer_attack.wav", "bow and arrow"),
@@ -32,7 +26,7 @@ def test_the_first_pattern_that_fits_gives_the_label(suite):
         assert suite.first_match(suite.DRUMS, name) == label, name
 
 
-def test_counts_are_checked(suite):
+def test_counts_are_checked():
     assert "note" not in suite.check("drum", (326, 129, 127, 0.204), (326, 129, 127, 0.20))
     more = suite.check("drum", (326, 129, 128, 0.20), (326, 129, 127, 0.20))
     assert more.endswith("note: Debian 12 has 326 / 129 / 127 clips, 0.20 h") and "\n" not in more
@@ -42,7 +36,7 @@ def test_counts_are_checked(suite):
         suite.need(["no-such-command", "sh"], "fluidsynth")
 
 
-def test_a_task_keeps_a_recording_once(suite, tmp_path):
+def test_a_task_keeps_a_recording_once(tmp_path):
     task = suite.Task(tmp_path, "drum", "music", "Which drum?", (1, 1, 0, 0.0))
     clip = suite.np.full(1600, 0.1, suite.np.float32)
     for split, audio in (("train", clip), ("test", clip), ("train", None), ("valid", clip / 2)):
@@ -52,7 +46,7 @@ def test_a_task_keeps_a_recording_once(suite, tmp_path):
     assert [(row["split"], row["seconds"]) for row in rows] == [("train", 0.1), ("valid", 0.1)]
 
 
-def test_captions_and_notes(suite):
+def test_captions_and_notes():
     assert suite.captions(["A dog barks.", "Hands clap."]) == [
         "A dog barks, then hands clap.", "First a dog barks; after that, hands clap.",
         "You hear how a dog barks before hands clap."]
@@ -70,9 +64,9 @@ def scores(path, silence=1.0, **tasks):
 
 
 def test_the_share_of_the_best_mean_of_suite_and_others(tmp_path, capsys):
-    for share, suite, other in ((1, .9, .3), (0.5, .6, .7), (0.25, .6, .7)):
-        scores(tmp_path / f"share-{share}.json", drum=(suite, suite), caption=(None, suite),
-               voice=(suite, suite), command_flite=(other, other))
+    for share, own, other in ((1, .9, .3), (0.5, .6, .7), (0.25, .6, .7)):
+        scores(tmp_path / f"share-{share}.json", drum=(own, own), voice=(own, own),
+               caption=(None, own), command_flite=(other, other))
     choose.main(["share", *map(str, sorted(tmp_path.glob("*.json")))])
     out, err = capsys.readouterr()
     assert out == "0.25\n" and "share 1: 0.6000" in err and "share 0.5: 0.6500" in err
