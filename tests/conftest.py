@@ -310,6 +310,8 @@ def forks(tmp_path_factory):
     torch.set_num_threads(1)
     Run.logs = tmp_path_factory.mktemp("logs")
     yield
+    for child in multiprocessing.active_children():  # of a test that failed
+        child.kill()
     torch.set_num_threads(threads)
     os.environ.clear()
     os.environ.update(before)

@@ -259,6 +259,8 @@ def test_the_encoder_is_frozen_and_let_go(undisturbed, world):
     for k in start:
         for then in (free, last):
             assert torch.equal(start[k], then[k]) == ("embed_positions" in k), k
+    moments = torch.load(step_folder(undisturbed.out, FROZEN) / "trainer.pt")["optimizer"]["state"]
+    assert len(moments) == 6  # of the adapter's weights alone
 
 
 def test_bf16_and_the_other_options_run(world, tmp_path):
@@ -524,8 +526,8 @@ def test_other_languages_ask_in_training_alone(undisturbed, world, tmp_path, cap
     texts = {"de": {"sound_event": ["Was ist zu hören?"]}, "en": {"level": ["unused"]},
              "ru": {"sound_event": ["Что слышно?"]}}
     file.write_text(json.dumps(texts))
-    said = succeed(Run(options(world, out, instructions=file, steps=6), tell_instructions)).out
-    asked = {line[7:] for line in said.splitlines() if line.startswith("asked: ")}
+    run = succeed(Run(options(world, out, instructions=file, steps=6), tell_instructions))
+    asked = {line[7:] for line in run.out.splitlines() if line.startswith("asked: ")}
     english = set(read_templates()["en"]["sound_event"])
     assert asked & english
     assert asked - english == {"How high?", "How loud?", "Was ist zu hören?", "Что слышно?"}
