@@ -387,16 +387,6 @@ def test_a_file_name_that_is_not_utf8_is_read_and_named(tmp_path):
                 read()
 
 
-@pytest.mark.parametrize("says", [{"label": "_silence_"}, {"answer": "Silence."},
-                                  {"answer": "Nothing is heard."}])
-def test_silence_is_read_where_the_row_says_so(says, tmp_path):
-    write_clip(tmp_path / "clips/0.wav", np.zeros(800))
-    rows = Rows(write_manifest(tmp_path / "m.jsonl", [row(seconds=0.05) | says, row(seconds=0.05)]))
-    assert rows.audio(0).tolist() == [0.0] * 800
-    with pytest.raises(AudioError, match="all samples are zero"):
-        rows.audio(1)
-
-
 def test_missing_empty_and_twice_named_manifests_are_refused(manifest, tmp_path):
     for path in ("gone.jsonl", "gone*.tar", "{0..9}.tar"):
         with pytest.raises((OSError, ValueError), match=f"No such file|{path}: No such file"):

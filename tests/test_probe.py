@@ -18,6 +18,7 @@ from torch import nn
 import conftest
 import probe
 import uniwhisper
+import xares_tars
 from data import Rows
 from probe import Features, Parts, Settings, Spec, Task
 
@@ -84,10 +85,10 @@ def settings(tmp, **more):
                        "device": "cpu"} | more)
 
 
-def run(tmp, folder, paths=(), say=None, **more):
-    """Entries of one encoder's tasks."""
+def run(tmp, folder, paths=(), say=None, found=None, **more):
+    """Entries of one encoder's tasks: of manifests, or those found."""
     s = settings(tmp, encoder=(str(folder),), data=tuple(map(str, paths)), **more)
-    return probe.run(s, say or quiet)[str(folder)]
+    return probe.run(s, found or probe.find_tasks(s), say or quiet)[str(folder)]
 
 
 def main(*argv):
@@ -432,7 +433,7 @@ def test_command_line(tmp_path, folder, capsys):
     assert f"{two['tasks']['notes']['mlp'] - r['mlp']:+.3f}" in text  # the difference to the first
 
 
-def test_averages_and_references():
+def test_averages():
     r = lambda knn, mlp, weight, domain: {"domain": domain, "metric": "accuracy", "test": weight,
                                           "weight": weight, "knn": knn, "mlp": mlp}
     scores = {"a": r(1.0, 0.5, 100, "speech"), "b": r(0.0, 1.0, 300, "music"),
@@ -442,13 +443,6 @@ def test_averages_and_references():
         {"knn": 0.25, "knn_plain": 0.5, "mlp": 0.7, "mlp_plain": 0.5})
     assert means["music"] == pytest.approx(
         {"knn": 0, "knn_plain": 0, "mlp": 0.75, "mlp_plain": 0.5})
-    # the paper's means stand beside its own tasks alone
-    full = {n: r(0.5, 0.5, spec.weight, spec.domain) for n, spec in probe.XARES.items()}
-    paper = {n: full[n] for n in probe.PAPER_TASKS}
-    assert len(paper) == 20
-    assert "UniWhisper (paper): kNN 0.61, MLP 0.81" in probe.table({"e": paper})
-    for other in (scores, full, paper | {"drum": r(0.5, 0.5, 9, "music")}):
-        assert "(paper)" not in probe.table({"e": other})
 
 
 def test_on_valid_nothing_of_test_is_seen(tmp_path, folder):
@@ -481,7 +475,8 @@ def test_tasks_without_labels_are_left_out(tmp_path, folder):
     said = []
     assert list(run(tmp_path, folder, paths, said.append, epochs=2)) == ["notes"]
     assert "note: words is left out: no label, events or captions" in said
-    assert main("--encoder", folder, "--data", paths[0]) == "error: no task to score"
+    error = "error: no task to score; give --data of rows with labels"
+    assert main("--encoder", folder, "--data", paths[0]) == error
 
 
 def test_scores_outlive_a_task_that_fails(tmp_path, folder):
@@ -529,7 +524,8 @@ def test_xares_folds(tmp_path, folder):
                   {"label": i % 3, "target": "x"})
                  for i in range(6)]
         write_tar(tmp_path / "env" / "esc50" / f"wds-audio-fold-{fold}-000000.tar", clips)
-    r = run(tmp_path, folder, xares=str(tmp_path / "env"), epochs=200, seeds=1)["esc50"]
+    task = xares_tars.read_task(tmp_path / "env", "esc50")
+    r = run(tmp_path, folder, found=[task], epochs=200, seeds=1)["esc50"]
     assert r["knn"] == 1 and r["mlp"] > 0.8
     assert (r["test"], r["weight"], len(r["epochs"])) == (6, 400, 5)
 
@@ -549,8 +545,8 @@ def test_xares_frames(tmp_path, folder):
                 {"onset": 0.0, "offset": 2.0, "label": "Dog,Alarm_bell_ringing"}]))
         write_tar(tmp_path / "env" / "desed" / f"wds-audio-{split}-000000.tar", clips)
     said = []
-    r = run(tmp_path, folder, (), said.append, xares=str(tmp_path / "env"), hidden=32,
-            epochs=200)["desed"]
+    task = xares_tars.read_task(tmp_path / "env", "desed")
+    r = run(tmp_path, folder, (), said.append, [task], hidden=32, epochs=200)["desed"]
     assert r["metric"] == "segment F1 macro" and r["knn"] is None
     assert r["test"] == 6 and r["mlp"] > 0.6
     assert "note: desed: the epoch is chosen on 2 clips held out of train" in said
@@ -565,39 +561,16 @@ def test_frame_targets():
     assert hot.T.tolist() == [[1, 0, 0, 0, 0], [0, 1, 1, 0, 0]]
 
 
-def test_coarse_tokens_are_repeated(tmp_path, monkeypatch):
-    """Segments of 0.1 s are shorter than a token of 0.3125 s: none may go unscored,
-    and events keep their times."""
-    # a token ends at 2.5 s, 5 s, 7.5 s
-    labels = [[(0.0, 2.5, "a"), (5.0, 7.5, "b")], [(2.5, 5.0, "a")]] * 4
-    task = make_task(["train"] * 4 + ["valid"] * 2 + ["test"] * 2, labels,
-                     metric="segment F1 micro", knn=False, batch=1)
-    owner = torch.arange(8).repeat_interleave(32)
-    torch.manual_seed(0)
-    truth = probe.targets(task, owner, 0.3125).float()
-    x = (9 * truth @ torch.randn(2, 8) + torch.randn(8) + 0.1 * torch.randn(len(owner), 8)).half()
-    counted, f1 = [], probe.METRICS["segment F1 micro"]
-
-    def count(scores, truth, owner, token_seconds):
-        counted.append((len(owner), token_seconds))
-        return f1(scores, truth, owner, token_seconds=token_seconds)
-
-    monkeypatch.setitem(probe.METRICS, "segment F1 micro", count)
-    s = settings(tmp_path, epochs=60, seeds=1, hidden=32)
-    found = [score(task, x, owner, s, seconds)["mlp"] for seconds in (0.3125, 0.1)]
-    assert found[0] > 0.98 > found[1]  # tokens of another length are at other times
-    assert (2 * 512, 0.3125 / 16) in counted
-
-
 def test_xares_table():
     """Every task names its tars and settings;
     what a json holds is read as X-ARES's label processors read it."""
-    assert len(probe.XARES) == 21 and sum(s.knn for s in probe.XARES.values()) == 16
-    for name, spec in probe.XARES.items():
+    sources = xares_tars.XARES
+    assert len(sources) == 21 and sum(source.spec.knn for source in sources.values()) == 16
+    for name, (spec, _, tars, splits) in sources.items():
         assert spec.metric in {*probe.METRICS, "recall@1"} and spec.weight > 0
-        assert spec.domain in ("speech", "music", "environment") and spec.tars.count("{") == 1
-        assert len(spec.splits) > 2 and None not in (spec.splits[0], spec.splits[2]), name
-    read = lambda name, row: probe.XARES[name].label(row)
+        assert spec.domain in ("speech", "music", "environment") and tars.count("{") == 1
+        assert len(splits) > 2 and None not in (splits[0], splits[2]), name
+    read = lambda name, row: sources[name].label(row)
     assert read("fsd50k", {"soundevent": "Bark;Dog"}) == ["Bark", "Dog"]
     assert read("clotho", {"caption_1": "a", "caption_2": "b", "audio": "x.wav"}) == ["a", "b"]
     assert (read("desed", {"events": [{"onset": 0, "offset": 1, "label": "Cat,Dog"}]})
@@ -621,8 +594,6 @@ def change(row, **more):
 
 @pytest.mark.parametrize("more, want", [
     ({"split": "dev"}, "error: notes: its splits are dev; need train, test, maybe valid, or three"),
-    ({"metric": "mAP"}, "notes.jsonl:1 (notes-0.wav): metric is not accuracy"),
-    ({"label": ["low"], "metric": "accuracy"}, "metric is not mAP"),
     ({"captions": "a low note"}, "captions is 'a low note'; need a list of texts"),
     ({"captions": []}, "captions is []; need a list of texts"),
     ({"events": [{"start": 0, "end": 1, "note": "c"}]}, "notes.jsonl:1 (notes-0.wav): "),
@@ -704,7 +675,7 @@ LOST = "no clip of class c is in train{}; its clips elsewhere count as wrong"
     # kNN finds it; the probe, which does not train on valid, the next fold, cannot
     ([n // 4 for n in range(12)], "ababababaccb",
      [LOST.format(f" when fold {n} is test") for n in (1, 2)]),
-    (["train", "train", "valid", "test"] * 2, "abaa" * 2, ["all clips of test are of one class"])])
+    (["train", "train", "valid", "test"] * 2, "abab" * 2, [])])
 def test_notes(splits, labels, notes):
     """Not errors, but said."""
     said = []
@@ -715,17 +686,12 @@ def test_notes(splits, labels, notes):
 def test_bad_flags(tmp_path, folder):
     path = write_manifest(tmp_path, "notes", note_rows(12))
     probed = lambda *argv: main("--encoder", folder, *argv)
-    assert probed() == "error: no task to score; give --data, or --xares and maybe --tasks"
+    assert probed() == "error: no task to score; give --data of rows with labels"
     assert "none.jsonl: No such file" in probed("--data", tmp_path / "none.jsonl")
     assert "none/config.json" in probed(tmp_path / "none", "--data", path)
-    assert probed("--xares", tmp_path, "--tasks", "drum") == 2
-    assert "maybe --tasks" in probed("--data", path, "--tasks", "esc50")
     quick = ("--data", path, "--cache", tmp_path / "cache", "--epochs", 1)
     assert "No such file or directory" in probed(*quick, "--json", tmp_path / "no" / "o.json")
     assert "Is a directory" in probed(*quick, "--json", tmp_path)
-    assert probed("--xares", tmp_path) == "error: no task to score"
-    assert "nowhere" in probed("--xares", tmp_path / "nowhere")
-    assert "give --data, or" in probed("--data", path, "--xares", tmp_path)
     before = path.read_text()
     assert "write to another place" in probed("--data", path, "--json", path)
     assert path.read_text() == before
@@ -734,7 +700,7 @@ def test_bad_flags(tmp_path, folder):
         assert "must be positive" in probed("--data", path, flag, value)
     assert probed("--data", path, "--no-such-flag", "1") == 2
     (tmp_path / "env" / "esc50").mkdir(parents=True)
-    message = probed("--xares", tmp_path / "env")
-    assert "wds-audio-fold-1-*.tar: No such file" in message
+    with pytest.raises(ValueError, match=r"wds-audio-fold-1-\*.tar: No such file"):
+        xares_tars.read_task(tmp_path / "env", "esc50")
 
 
