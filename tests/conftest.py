@@ -78,12 +78,12 @@ def _shake(model):
     return model.eval()
 
 
-def make_whisper(folder, n_mels: int = 80, width: int = 48, shard_size: str = "1GB"):
+def make_whisper(folder, n_mels: int = 80, shard_size: str = "1GB"):
     """Save a tiny Whisper with random weights; returns transformers' model of it."""
     from transformers import WhisperFeatureExtractor, WhisperModel
 
     torch.manual_seed(0)
-    model = _shake(WhisperModel(_whisper_config(num_mel_bins=n_mels, d_model=width)))
+    model = _shake(WhisperModel(_whisper_config(num_mel_bins=n_mels)))
     model.save_pretrained(folder, max_shard_size=shard_size)
     WhisperFeatureExtractor(feature_size=n_mels).save_pretrained(folder)
     return model
@@ -117,14 +117,14 @@ def make_clap(folder):
     return model
 
 
-def make_talking_whisper(folder, vocabulary: int = 51865, width: int = 48):
+def make_talking_whisper(folder, vocabulary: int = 51865):
     """Save a tiny Whisper with a tokenizer; returns transformers' model of it. Multilingual
     from 51,865 on."""
     from transformers import WhisperFeatureExtractor, WhisperForConditionalGeneration
 
     torch.manual_seed(0)
-    sizes = dict(vocab_size=vocabulary, d_model=width, decoder_layers=2)
-    model = _shake(WhisperForConditionalGeneration(_whisper_config(**sizes)))
+    config = _whisper_config(vocab_size=vocabulary, decoder_layers=2)
+    model = _shake(WhisperForConditionalGeneration(config))
     model.save_pretrained(folder)
     WhisperFeatureExtractor().save_pretrained(folder)
     languages = ["<|en|>", "<|nl|>", "<|el|>"]
