@@ -529,7 +529,8 @@ def test_other_languages_ask_in_training_alone(undisturbed, world, tmp_path, cap
     asked = {line[7:] for line in run.out.splitlines() if line.startswith("asked: ")}
     english = set(read_templates()["en"]["sound_event"])
     assert asked & english
-    assert asked - english == {"How high?", "How loud?", "Was ist zu hören?", "Что слышно?"}
+    assert asked - english == {"How high?", "How loud?", "Was ist zu hören?",
+                               "Что слышно?"}
     usual = metrics(undisturbed.out)
     assert metrics(out)[:2] == usual[:2]  # held-out losses and answers before training
     questions = [[a["instruction"] for a in line["answers"]] for line in metrics(out)
