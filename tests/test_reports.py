@@ -119,7 +119,8 @@ def test_what_follows_the_samples_is_no_sound(how, behind):
 
 @pytest.mark.parametrize("how", [{"subtype": "FLOAT"}, {"subtype": "DOUBLE"},
                                  {"format": "AIFF", "subtype": "FLOAT"}])
-@pytest.mark.parametrize("scale, fits", [(32_768, False), (2**31, False), (50, False), (2.5, True)])
+@pytest.mark.parametrize("scale, fits", [(32_768, False), (2**31, False), (50, False),
+                                         (2.5, True)])
 def test_floats_in_the_range_of_integers_are_refused(how, scale, fits):
     raw = audio_bytes(tone() * scale, **how)
     if fits:
