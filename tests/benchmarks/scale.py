@@ -26,7 +26,7 @@ QWEN = dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, hea
             num_attention_heads=28, num_key_value_heads=4, vocab_size=152064)  # 2.5-7B
 HOURS, TASKS = 38_000, 20
 PEAK, SHARE = 989e12, 0.4  # an H100's dense bf16 FLOP/s, and how much of it is used
-PROMPT = 15  # tokens of the chat around an instruction, as data.py reckons
+ASKED = 15 + 6  # tokens of the chat, as data.py reckons, and of an instruction
 
 
 # ---------------------------------------------------------------- FLOPs of an update
@@ -74,11 +74,11 @@ def update_flops(encoder: dict, decoder: dict, stack: int, silence: float, secon
 
 def print_work() -> None:
     """GFLOP an audio second, and hours for a pass of all audio on eight GPUs."""
-    print(f"GFLOP an audio second: clips of 10 s, {PROMPT + 6} tokens around them, answers of 12; "
+    print(f"GFLOP an audio second: clips of 10 s, {ASKED} tokens around them, answers of 12; "
           f"a pass of {HOURS} h on 8 GPUs at {SHARE:.0%} of {PEAK / 1e12:g} TFLOP/s")
     print("stack silence   encoder  decoder  adapter  head    all  audio s/s  a pass")
     for stack, silence in ((4, 0), (4, 1), (4, 2), (4, 30), (8, 1)):
-        clip = np.array([10.0]), np.array([PROMPT + 6]), np.array([12])
+        clip = np.array([10.0]), np.array([ASKED]), np.array([12])
         parts = [x / 1e10 for x in update_flops(WHISPER, QWEN, stack, silence, *clip).values()]
         speed = SHARE * PEAK / 1e9 / sum(parts)
         print("{:5d} {:5d} s {:10.1f} {:8.1f} {:8.1f} {:5.1f} {:6.1f} {:10.0f} {:5.1f} h".format(
@@ -100,8 +100,9 @@ def write_rows(folder: str, count: int) -> str:
     Path(folder, "one.jsonl").write_text('{"audio": "a.flac", "split": "train", "seconds": 1}')
     rows = data.Rows([f"{folder}/one.jsonl"])
     rows.table, rows.tasks = table, [f"task {n}" for n in range(TASKS)]
-    data.write_index(rows, f"{folder}/made.index")
-    return f"{folder}/made.index"
+    path = f"{folder}/made.index"
+    data.write_index(rows, path)
+    return path
 
 
 def rank_batches(s: train.Settings, rows: data.Rows, ranks: int):
@@ -112,9 +113,8 @@ def rank_batches(s: train.Settings, rows: data.Rows, ranks: int):
 
 def batch_flops(s: train.Settings, rows: data.Rows, numbers: list[int]) -> float:
     answers = np.ceil(rows.text_bytes[numbers] / 4).astype(int) - 5  # 6 asked; the end token
-    parts = update_flops(WHISPER, QWEN, s.stack, s.silence, rows.seconds[numbers], PROMPT + 6,
-                         answers)
-    return sum(parts.values())
+    clips = rows.seconds[numbers], ASKED, answers
+    return sum(update_flops(WHISPER, QWEN, s.stack, s.silence, *clips).values())
 
 
 def evenness(work: np.ndarray, ranks: int) -> float:
@@ -134,8 +134,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         s = train.Settings(data=(write_rows(folder, a.rows),))
         rows = train.open_rows(s)
-        hours = rows.seconds.sum(dtype=float) / 3600
-        print(f"\n{len(rows)} rows, {hours:.0f} h; batches of {s.batch_seconds:g} s")
+        print(f"\n{len(rows)} rows, {rows.seconds.sum(dtype=float) / 3600:.0f} h")
         batches, count = rank_batches(s, rows, 1), max(a.ranks) * a.updates
         work = np.array([batch_flops(s, rows, next(batches)[1]) for _ in range(count)])
         print("ranks  first batch  mean of the next  worst     evenness")
