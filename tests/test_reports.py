@@ -380,6 +380,16 @@ def test_what_a_checkpoint_folder_lacks_is_named(tmp_path, whisper, qwen):
         load_encoder("openai/whisper-base")
 
 
+def test_an_id_beyond_the_vocabulary_is_named_at_the_start(tmp_path, qwen):
+    for path in qwen[0].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"vocab_size": 200}))
+    with pytest.raises(ValueError) as error:
+        load_decoder(tmp_path)
+    assert_one_line(error, f"{tmp_path}/config.json: vocab_size is 200; need more than ")
+
+
 @pytest.mark.parametrize("name", ["my: run", "1.0", "yes", "a #b", "[x]", "it's", 'a "b"'])
 def test_a_model_cards_head_is_yaml(name, tmp_path, whisper):
     yaml = pytest.importorskip("yaml")

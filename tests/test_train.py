@@ -713,6 +713,35 @@ def test_unknown_flags_are_errors(capsys, flags, says):
     assert end.value.code == 2 and says in capsys.readouterr().err
 
 
+def test_a_gpu_that_is_not_there_is_one_line(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for local, words in (("2", "2 GPUs and needs 3"), ("7", "2 GPUs and needs 8")):
+        monkeypatch.setenv("LOCAL_RANK", local)
+        with pytest.raises(ValueError, match=f"--device cuda: this machine has {words}"):
+            train.parse(options(world, tmp_path, device="cuda"))
+
+
+@pytest.mark.parametrize("given", [{}, {"PYTORCH_CUDA_ALLOC_CONF": "x"},
+                                   {"PYTORCH_ALLOC_CONF": "x"}])
+def test_a_full_gpu_gets_a_hint_and_its_allocator_a_setting(given, monkeypatch):
+    def run(s):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried this and that")
+
+    monkeypatch.setattr(train, "run", run)
+    monkeypatch.setattr(train, "parse", lambda: None)
+    names = ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"]  # of torch now, and of 2.6
+    for name in names:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit) as end:
+        train.main()
+    assert end.value.code.startswith("error: CUDA out of memory. Lower --batch-seconds")
+    expected = given or dict.fromkeys(names, "expandable_segments:True")
+    assert {name: os.environ[name] for name in names if name in os.environ} == expected
+
+
 def test_no_flags_mean_the_embedded_example():
     s = train.parse([])
     assert (s.encoder.endswith("weights/tiny/encoder") and not s.data

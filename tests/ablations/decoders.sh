@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The paper's ablation: the same updates and clips through a frozen Qwen, through Whisper's own
 # decoder, frozen, and through Whisper's decoder that trains, too; two seeds each, scored on the
-# suite's ten probed tasks and on those from other sources. What is done is not repeated.
+# suite's ten probed tasks and on those from other sources, at own length. What is done is not
+# repeated.
 # tests/ablations/decoders.sh WEIGHTS SUITE TRANSFER OUT
 set -euo pipefail
 weights=$1 suite=$2 transfer=$3 out=$4
@@ -20,9 +21,9 @@ run() {  # NAME FLAGS...: 600 updates of 16 s, every task as often as the others
         speaker_count=1 tagging=1 transcribe=1 voice=1 --encoder "$weights/whisper-base" \
         --out "$out/$name" --steps 600 --batch-seconds 16 --loss example --lr-encoder 3e-5 \
         --warmup 40 --workers 1 --threads "${THREADS:-0}" --eval-every 600 --eval-clips 24 \
-        --questions 0 --save-every 100 "$@"
+        --questions 0 --save-every 100 --silence 0 "$@"
     [ -f "$out/$name.json" ] && return  # probe.py writes after each task: rename a whole file
-    python "$here/probe.py" --encoder "$out/$name/encoder" \
+    python "$here/probe.py" --encoder "$out/$name/encoder" --silence 0 \
         --precision bf16 --data "${probed[@]}" --json "$out/$name.json.part"
     mv "$out/$name.json.part" "$out/$name.json"
 }
