@@ -1,27 +1,26 @@
-"""X-ARES 0.1.3 (pip install xares) on the encoder in the folder that ENCODER names.
+"""X-ARES 0.1.3 on the encoder in the folder that ENCODER names.
 
-    export PYTHONPATH=REPOSITORY:REPOSITORY/tests/wrappers ENCODER=out/first/encoder
-    python -m xares.run uniwhisper_xares.py tasks/esc50_task.py tasks/desed_task.py
+    pip install xares requests 'torchaudio<2.9' -e .
+    export PYTHONPATH=$PWD:$PWD/tests/wrappers ENCODER=$PWD/weights/whisper-base
+    python -m xares.run uniwhisper_xares.py tasks/esc50_task.py --max-jobs 0
 
-Add --max-jobs 0 without a GPU. X-ARES keeps features and scores in ./env under the
-class's name, so that is the folder's: after other weights in a folder, delete them there.
+--max-jobs 0: without a GPU. `tasks` came with X-ARES: a module's name, found from anywhere; a
+task of one's own is a file in PYTHONPATH. X-ARES keeps audio, features and scores in ./env under
+the class's name, here the folder's: after other weights in a folder, delete them there.
+With torchaudio 2.9 and later X-ARES encodes no clip and does not say so.
 """
 import os
-import re
 from pathlib import Path
 
 import torch
 
 import uniwhisper  # not its names: X-ARES takes the one that ends in "Encoder"
 
-FOLDER = Path(os.environ["ENCODER"]).resolve()
-NAME = re.sub(r"\W+", "_", str(FOLDER)).strip("_") + "_Encoder"
 
-
-class Features(torch.nn.Module):
+class Encoder(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.encoder = uniwhisper.load_encoder(FOLDER).eval()
+        self.encoder = uniwhisper.load_encoder(os.environ["ENCODER"]).eval()
         self.sampling_rate, self.output_dim = self.encoder.sample_rate, self.encoder.width
         self.hop_size_in_ms = 1000 * self.encoder.token_seconds
 
@@ -36,4 +35,5 @@ class Features(torch.nn.Module):
         return torch.nested.nested_tensor(clips, layout=torch.jagged)
 
 
-globals()[NAME] = type(NAME, (Features,), {})
+FOLDER = Path(os.environ["ENCODER"]).resolve()
+Encoder.__name__ = "_".join((*FOLDER.parts[1:], "Encoder"))
