@@ -71,6 +71,10 @@ def gpu(monkeypatch):
     overwrites = torch.__future__.get_overwrite_module_params_on_conversion()
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     with sdpa_kernel(SDPBackend.MATH), PlainIndexing(), ImitatedGPU() as gpu:
+        try:
+            aten._fft_r2c(torch.zeros(4, device=GPU), [0], 0, True)
+        except RuntimeError:
+            pytest.skip("this torch imitates FFTs on a real GPU alone (2.6 does)")
         yield gpu
     torch.__future__.set_overwrite_module_params_on_conversion(overwrites)
     uniwhisper.mel_filters.cache_clear()
