@@ -32,7 +32,8 @@ def make_batch(model, *lengths: int) -> Batch:
 @pytest.fixture
 def flags(whisper, qwen, tmp_path):
     return SimpleNamespace(encoder=str(whisper[0]), decoder=str(qwen[0]), device="cpu", batch=1,
-                           precision="fp32", data=[], batch_seconds=8.0, batches=2, out=tmp_path)
+                           precision="fp32", data=[], batch_seconds=8.0, batches=2, out=tmp_path,
+                           silence=1.0)
 
 
 # ---------------------------------------------------------------- speed.py

@@ -100,7 +100,8 @@ def settings(a) -> train.Settings:
     """train.py's, with the highest learning rates from the first update on, and no reports."""
     return train.Settings(data=tuple(a.data), encoder=a.encoder, decoder=a.decoder, out=a.out,
                           device=a.device, precision=a.precision, batch_seconds=a.batch_seconds,
-                          warmup=1, log_every=10_000, eval_every=10_000, save_every=10_000)
+                          silence=a.silence, warmup=1, log_every=10_000, eval_every=10_000,
+                          save_every=10_000)
 
 
 def read_batches(a) -> tuple[Rows, list[Batch]]:
@@ -223,7 +224,8 @@ def features(a):
     numbers = list(chain.from_iterable(batch.rows for batch in batches))
     some = [probe.Clip(rows, i, "test", "") for i in numbers]
     task = probe.Task("suite", probe.Spec("suite", "label"), some)
-    s = probe.Settings(batch_seconds=a.batch_seconds, precision=a.precision, device=a.device)
+    s = probe.Settings(batch_seconds=a.batch_seconds, precision=a.precision, device=a.device,
+                       silence=a.silence)
     model = uw.load_encoder(a.encoder).to(a.device).eval()
     peer = Peer(settings(a), decoder=False).eval()
 
@@ -316,6 +318,7 @@ def parse():
     p.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
     p.add_argument("--json", help="write settings, machine and the table there")
     p.add_argument("--batch-seconds", type=float, default=40.0, help="audio in an update (40)")
+    p.add_argument("--silence", type=float, default=uw.SILENCE, help="behind a clip, of ours")
     for name, default, help in (("batch", 8, "clips at once, of the peer"),
                                 ("batches", 3, "updates in a measurement"),
                                 ("repeats", 3, "measurements, for the median"),
