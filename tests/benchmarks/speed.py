@@ -223,7 +223,7 @@ def features(a):
     rows, batches = read_batches(a)
     numbers = list(chain.from_iterable(batch.rows for batch in batches))
     some = [probe.Clip(rows, i, "test", "") for i in numbers]
-    task = probe.Task("suite", probe.Spec("suite", "label"), some)
+    task = probe.Task("suite", probe.Spec("suite"), some)
     s = probe.Settings(batch_seconds=a.batch_seconds, precision=a.precision, device=a.device,
                        silence=a.silence)
     model = uw.load_encoder(a.encoder).to(a.device).eval()
