@@ -2,6 +2,7 @@
 manifests, scripts in processes of their own."""
 import faulthandler
 import importlib
+import io
 import itertools
 import json
 import math
@@ -10,6 +11,7 @@ import os
 import runpy
 import socket
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +47,24 @@ def write_clip(path, audio=None, rate: int = RATE, **how) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     sf.write(path, tone() if audio is None else audio, rate, **how)
     return path
+
+
+def audio_bytes(audio, rate: int = RATE, **how) -> bytes:
+    """A file's bytes: WAV, or how={"format": ..., "subtype": ...}."""
+    file = io.BytesIO()
+    sf.write(file, audio, rate, **{"format": "WAV"} | how)
+    return file.getvalue()
+
+
+def write_tar(path, members, **how) -> str:
+    """members: {name: bytes or dictionary}, or such pairs."""
+    with tarfile.open(path, "w", **how) as tar:
+        for name, content in members.items() if isinstance(members, dict) else members:
+            content = json.dumps(content).encode() if isinstance(content, dict) else content
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return str(path)
 
 
 def write_manifest(path, rows) -> str:

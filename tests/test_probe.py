@@ -1,11 +1,9 @@
 """probe.py: metrics, neighbours and probes against scikit-learn and code written out, choice on
 valid, cache, X-ARES tars, bad input."""
-import io
 import json
 import math
 import os
 import sys
-import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +18,7 @@ import probe
 import uniwhisper
 import xares_tars
 from data import Rows
-from probe import Features, Parts, Settings, Spec, Task
+from probe import Features, Settings, Spec, Task
 
 torch.set_num_threads(1)
 TINY = {"model_type": "whisper", "d_model": 24, "encoder_layers": 2, "encoder_attention_heads": 2,
@@ -504,17 +502,14 @@ def test_tagging(tmp_path, folder):
 
 # ---------------------------------------------------------------- X-ARES's tars, unconverted
 
-def write_tar(path, clips):
+def write_shard(path, clips):
     """As X-ARES writes its WebDataset shards: KEY.json and KEY.wav side by side."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as tar:
-        for key, audio, label in clips:
-            wav = io.BytesIO()
-            sf.write(wav, audio, 16000, format="WAV")
-            for suffix, content in (("json", json.dumps(label).encode()), ("wav", wav.getvalue())):
-                info = tarfile.TarInfo(f"{key}.{suffix}")
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
+    members = []
+    for key, audio, label in clips:
+        members.append((f"{key}.json", json.dumps(label).encode()))
+        members.append((f"{key}.wav", conftest.audio_bytes(audio)))
+    conftest.write_tar(path, members)
 
 
 def test_xares_folds(tmp_path, folder):
@@ -523,7 +518,7 @@ def test_xares_folds(tmp_path, folder):
         clips = [(f"{fold}-{i}", tone(list(NOTES.values())[i % 3], seed=10 * fold + i),
                   {"label": i % 3, "target": "x"})
                  for i in range(6)]
-        write_tar(tmp_path / "env" / "esc50" / f"wds-audio-fold-{fold}-000000.tar", clips)
+        write_shard(tmp_path / "env" / "esc50" / f"wds-audio-fold-{fold}-000000.tar", clips)
     task = xares_tars.read_task(tmp_path / "env", "esc50")
     r = run(tmp_path, folder, found=[task], epochs=200, seeds=1)["esc50"]
     assert r["knn"] == 1 and r["mlp"] > 0.8
@@ -543,7 +538,7 @@ def test_xares_frames(tmp_path, folder):
                 events.append({"onset": start, "offset": start + 0.5, "label": name})
             clips.append((f"{split}{i}", audio, events if i else [
                 {"onset": 0.0, "offset": 2.0, "label": "Dog,Alarm_bell_ringing"}]))
-        write_tar(tmp_path / "env" / "desed" / f"wds-audio-{split}-000000.tar", clips)
+        write_shard(tmp_path / "env" / "desed" / f"wds-audio-{split}-000000.tar", clips)
     said = []
     task = xares_tars.read_task(tmp_path / "env", "desed")
     r = run(tmp_path, folder, (), said.append, [task], hidden=32, epochs=200)["desed"]

@@ -638,7 +638,8 @@ def test_features_that_cannot_be_written_are_one_line(whisper, tmp_path, monkeyp
 
 
 def test_encode_takes_manifests_pools_and_names_what_it_skips(whisper, tmp_path, monkeypatch):
-    a, b = write_clip(tmp_path / "a.wav", tone(1.0)), write_clip(tmp_path / "b.wav", tone(0.5, 700))
+    a = write_clip(tmp_path / "a.wav", tone(1.0))
+    write_clip(tmp_path / "b.wav", tone(0.5, 700))
     rows = [dict(audio="b.wav"), dict(audio="gone.wav", seconds=1.0)]
     manifest = write_manifest(tmp_path / "rows.jsonl", rows)
     out = tmp_path / "new/f.safetensors"
