@@ -97,7 +97,8 @@ WAV = audio_bytes(tone(), format="WAV")  # half a second
 @pytest.mark.parametrize("kind", ["WAV PCM_16", "WAV PCM_24", "WAV FLOAT", "FLAC PCM_16",
                                   "OGG VORBIS", "OGG OPUS"])
 def test_audio_cut_short_anywhere_is_refused(kind):
-    raw = audio_bytes(noise(24_000).numpy(), 24_000, **dict(zip(("format", "subtype"), kind.split())))
+    how = dict(zip(("format", "subtype"), kind.split()))
+    raw = audio_bytes(noise(24_000).numpy(), 24_000, **how)
     n = len(raw)
     assert read_audio(raw, RATE).shape == (16_000,)
     for left in (n - 1, n - 2, n - 50, n - 700, n * 3 // 4, n // 2, 100, 30, 4, 1):
@@ -427,7 +428,7 @@ def test_rows_of_a_tar_equal_the_manifests(manifest, tmp_path, how, key):
 
 
 def test_a_key_that_comes_twice_gives_two_rows(tmp_path):
-    crops = [("k.json", row(0)), ("k.wav", audio_bytes(tone(0.2), format="WAV")), ("k.json", row(1)),
+    crops = [("k.json", row(0)), ("k.wav", audio_bytes(tone(0.2))), ("k.json", row(1)),
              ("k.wav", audio_bytes(tone(0.3), format="WAV"))]
     rows = Rows(write_tar(tmp_path / "t.tar", crops))
     assert [r["answer"] for r in rows] == ["note 0", "note 1"]

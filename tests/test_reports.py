@@ -128,7 +128,7 @@ def test_all_that_libsndfile_reads_is_read_from_a_tar(suffix, kind, tmp_path):
 
 @pytest.mark.parametrize("row, fits", [
     ({"answer": "français"}, False), ({"instruction": "Où?"}, False), ({"label": ["été"]}, False),
-    ({"captions": ["é"]}, False), ({"audio": "é.wav"}, True), ({"answer": "plain"}, True)])
+    ({"audio": "é.wav"}, True), ({"answer": "plain"}, True)])
 def test_a_manifest_that_is_not_utf8_says_so(row, fits, tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_bytes(json.dumps(ROW | {"seconds": 1} | row, ensure_ascii=False).encode("latin-1"))
@@ -207,12 +207,9 @@ def test_a_member_of_a_label_list_must_be_a_text(member, tmp_path):
     assert_one_line(error, f"{path}:2 (1.wav): a label is {member!r}", "need a text")
 
 
-@pytest.mark.parametrize("label", [{"name": "b"}, True, " "])
-def test_a_label_of_another_kind_is_a_text_or_one_line(label, tmp_path):
+@pytest.mark.parametrize("label", [{"name": "b"}, " ", "\t"])
+def test_a_label_must_be_a_text(label, tmp_path):
     path = clips(tmp_path, ["a", label] * 3)
-    if label is True:
-        assert tasks_of(path, [])[0].classes() == ["True", "a"]
-        return
     with pytest.raises(ValueError, match="m.jsonl:2 .*a label is"):
         tasks_of(path, [])
 
@@ -377,9 +374,6 @@ def test_a_model_cards_head_is_yaml(name, tmp_path, whisper):
     uniwhisper.export_run(tmp_path / "out", settings, load_encoder(whisper[0]))
     head = (tmp_path / "out/README.md").read_text().split("---")[1]
     assert yaml.safe_load(head)["base_model"] == name
-
-
-# ---------------------------------------------------------------- found by reading
 
 @pytest.mark.parametrize("bare", [False, True])
 def test_an_encoder_saved_beside_its_source_is_the_trained_one(bare, tmp_path, whisper):

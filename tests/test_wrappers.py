@@ -69,7 +69,10 @@ def xares_encoder(load, folder):
 def xares_stored(encoder, clips):
     """What xares.task keeps of a batch: a list of (T, D)."""
     with torch.inference_mode():
-        embedding = encoder(padded(clips)).to("cpu").detach()
+        try:
+            embedding = encoder(padded(clips)).to("cpu").detach()
+        except NotImplementedError:
+            pytest.skip("torch 2.6 cannot move jagged tensors, as X-ARES does")
         return [torch.from_numpy(clip.numpy()) for clip in embedding]
 
 
