@@ -4,8 +4,9 @@ import xml.etree.ElementTree as xml
 
 import choose
 import make_suite as suite
+import make_transfer as transfer
 import pytest
-from conftest import write_manifest
+from conftest import noise, tone, write_clip, write_manifest
 
 
 @pytest.fixture
@@ -24,6 +25,9 @@ def test_the_first_pattern_that_fits_gives_the_label():
         assert suite.first_match(sounds, "/" + name) == label, name
     for name, label in [("open hh", "hi-hat"), ("floor tom", "tom"), ("", None)]:
         assert suite.first_match(suite.DRUMS, name) == label, name
+    for path, label in [("/freedroid/screenshot.wav", None), ("/weapons/mine_beep.ogg", None),
+                        ("/bzflag/fire.wav", "explosion or gunshot")]:
+        assert suite.first_match(transfer.OTHER_SOUNDS, path) == label, path
 
 
 def test_counts_are_checked():
@@ -98,6 +102,23 @@ def test_the_picture_and_the_table(plot, tmp_path, capsys):
     knn, mlp = plot.scores_figure(tmp_path).axes  # over the better of untouched
     assert [text.get_text() for text in knn.texts] == ["+0.100", "-0.050"]
     assert [text.get_text() for text in mlp.texts] == ["+0.100", "+0.000", "+0.000"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_others_code_judges_an_encoder_and_a_spectrum(whisper, tmp_path):
+    cross_check = pytest.importorskip("cross_check")
+    rows = []
+    for n in range(24):
+        name, audio = ("tone", tone(0.3, 300 + 20 * n)) if n % 2 else ("noise", noise(4000, n))
+        write_clip(tmp_path / f"{n}.wav", audio)
+        rows.append({"audio": f"{n}.wav", "task": "sound", "label": name, "answer": name,
+                     "split": "train" if n < 16 else "test"})
+    path = write_manifest(tmp_path / "sound.jsonl", rows)
+    cross_check.main(["--encoder", "spectrum", str(whisper[0]), "--data", path,
+                     "--json", str(tmp_path / "scores.json")])
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["spectrum"] == {"sound": {"knn": 1.0, "linear": 1.0}}
+    assert scores[str(whisper[0])].keys() == {"sound"}
 
 
 def test_curves_of_a_run(plot, tmp_path, capsys):

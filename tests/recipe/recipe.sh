@@ -97,7 +97,7 @@ for seed in $seeds; do
 done
 probe part-30s/untouched.json "$untouched" 30 --data part/*.jsonl
 probe "part-30s/$first.json" "$first/share-$share" 30 --data part/*.jsonl
-mapfile -t near < <(manifests suite voice instrument pitch drum game_sound)
-[ -f neighbours.json ] || python "$here/tests/recipe/neighbours.py" --json neighbours.json \
-    --encoder "$untouched" "$first/share-$share" --data "${near[@]}" "${others[@]}"
+mapfile -t checked < <(manifests suite voice instrument pitch drum game_sound)
+[ -f cross_check.json ] || python "$here/tests/recipe/cross_check.py" --json cross_check.json \
+    --encoder spectrum "$untouched" "$first/share-$share" --data "${checked[@]}" "${others[@]}"
 python "$here/tests/recipe/plot.py" .
