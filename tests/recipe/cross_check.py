@@ -1,15 +1,17 @@
 """Probes by others' code: transformers' Whisper encoder, scikit-learn's kNN and regression.
 
     python tests/recipe/cross_check.py --encoder spectrum whisper-base OUT/encoder \\
-        --data suite/*.jsonl
+        --data suite/drum.jsonl suite/voice.jsonl
 
-Accuracy on the test split, trained on train's clips: of 10 neighbours (cosine, weighed by
-distance), and of a logistic regression. A clip's vector is the mean over its own tokens; silence
-pads it to the next multiple of 2 s. The encoder "spectrum" is none: mean and deviation of the
-clip's log-mel bands, to show what a task asks of an encoder. Needs pip install -e '.[test]'.
+Accuracy on the test split, trained on train's clips: of 10 neighbours (cosine, weighted by
+distance), and of a logistic regression. A clip's vector is the mean over its own tokens; 1 to 2 s
+of silence follow the clip, up to a whole second. The encoder "spectrum" is none: mean and
+deviation of the clip's log-mel bands. Its scores tell what a task asks of an encoder. Clips of up
+to 28 s. Needs pip install -e '.[test]'.
 """
 import argparse
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -40,7 +42,8 @@ def encode(encoder, extractor, table, clips, size):
     mel = extractor(clips, sampling_rate=RATE, return_tensors="pt", padding="max_length",
                     max_length=size, truncation=False).input_features
     states = encoder(mel).last_hidden_state  # (B, size // TOKEN, D)
-    return [x[: -(-len(clip) // TOKEN)].mean(0).numpy() for clip, x in zip(clips, states)]
+    lengths = [(len(clip) + TOKEN // 2) // TOKEN for clip in clips]  # tokens
+    return [x[:length].mean(0).numpy() for x, length in zip(states, lengths)]
 
 
 def spectrum(rows):
@@ -59,8 +62,9 @@ def features(folder, rows):
     extractor = WhisperFeatureExtractor(feature_size=encoder.config.num_mel_bins)
     table, lengths, means = encoder.embed_positions.weight.data, {}, [None] * len(rows)
     for i in range(len(rows)):
-        clip, block = rows.audio(i, RATE).numpy(), 2 * RATE
-        lengths.setdefault(-(-len(clip) // block) * block, []).append((i, clip))
+        clip = rows.audio(i, RATE).numpy()
+        seconds = math.ceil(len(clip) / RATE) + 1
+        lengths.setdefault(seconds * RATE, []).append((i, clip))
     for size, found in sorted(lengths.items()):
         for at in range(0, len(found), BATCH):
             numbers, clips = zip(*found[at : at + BATCH])
@@ -75,7 +79,8 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--encoder", nargs="+", required=True,
                         help="whole Whisper folders; the word spectrum")
-    parser.add_argument("--data", nargs="+", required=True, help="manifests with a label a clip")
+    parser.add_argument("--data", nargs="+", required=True,
+                        help="manifests of one task, a label a clip")
     parser.add_argument("--json", help="write {encoder: {task: {judge: accuracy}}} there")
     args = parser.parse_args(argv)
     scores = {folder: {} for folder in args.encoder}

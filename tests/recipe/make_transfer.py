@@ -4,10 +4,10 @@
 
 command_flite      train: the suite's command; valid: its words by three voices of flite
 command_festival   train and valid: the suite's command; test: its words by two voices of Festival
-letters_language   letters and syllables in 17 languages, from clips of its own
+letters_language   letters and syllables in 17 languages or variants, clips of its own
 game_sound_other   train and valid: the suite's game_sound; test: sounds of other games
 
-Nothing here may be trained on: valid is to choose by, test to judge by. flite's voice slt is left
+Only probes train on these rows; valid is to choose by, test to judge by. flite's voice slt is left
 out, for it is the same person as one of Festival's. Clips and rows are as in the suite.
 
 Needs what make_suite.py needs, and
@@ -56,10 +56,12 @@ def reuse(task, suite, name, splits):
         if row["split"] in splits:
             audio = os.path.relpath(suite / row["audio"], task.out)
             task.rows.append(row | {"task": task.name, "audio": audio})
+            task.seen.add(Path(audio).stem)
 
 
 def commands(task, split, voices, command):
-    """The suite's words by each voice at three speeds; command(voice, stretch, word) says one."""
+    """The suite's words by each voice at three speeds, which voice_cmu_us_slt_arctic_hts ignores;
+    command(voice, stretch, word) says one."""
     jobs = [(voice, stretch, word) for voice in voices for stretch in ("0.85", "1.0", "1.25")
             for word in COMMANDS]
     with ThreadPoolExecutor(2) as pool:
@@ -80,7 +82,7 @@ def festival(voice, stretch, word):
 def letters_language(root, task):
     for folder in sorted((root / "usr/share/klettres").iterdir()):
         clips = sorted(folder.glob("alpha/*.ogg")) + sorted(folder.glob("syllab/*.ogg"))
-        if len(clips) >= 40 and folder.name != "ml":
+        if len(clips) >= 40 and folder.name != "ml":  # ml: a third of all clips
             for path in clips:
                 split = split_of((folder.name, path.parent.name, path.stem))
                 task.add(load(path), split, folder.name)
