@@ -42,7 +42,7 @@ def encode(encoder, extractor, table, clips, size):
     mel = extractor(clips, sampling_rate=RATE, return_tensors="pt", padding="max_length",
                     max_length=size, truncation=False).input_features
     states = encoder(mel).last_hidden_state  # (B, size // TOKEN, D)
-    lengths = [(len(clip) + TOKEN // 2) // TOKEN for clip in clips]  # tokens
+    lengths = [max(1, (len(clip) + TOKEN // 2) // TOKEN) for clip in clips]  # tokens
     return [x[:length].mean(0).numpy() for x, length in zip(states, lengths)]
 
 

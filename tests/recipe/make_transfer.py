@@ -19,8 +19,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from make_suite import (COMMANDS, Task, fetch, first_match, load, need, sounds, speak,
-                        split_of)
+from make_suite import COMMANDS, Task, fetch, first_match, load, need, sounds, speak, split_of
 
 # Package -> licence of its sounds, as in its usr/share/doc/PACKAGE/copyright.
 LETTERS = {"klettres-data": "GPL-2+"}
