@@ -6,7 +6,10 @@ import choose
 import make_suite as suite
 import make_transfer as transfer
 import pytest
-from conftest import noise, tone, write_clip, write_manifest
+import torch
+from conftest import assert_close, make_qwen, noise, tone, write_clip, write_manifest
+from fast_qwen import FastQwen
+from uniwhisper import load_decoder
 
 
 @pytest.fixture
@@ -102,6 +105,21 @@ def test_the_picture_and_the_table(plot, tmp_path, capsys):
     knn, mlp = plot.scores_figure(tmp_path).axes  # over the better of untouched
     assert [text.get_text() for text in knn.texts] == ["+0.100", "-0.050"]
     assert [text.get_text() for text in mlp.texts] == ["+0.100", "+0.000", "+0.000"]
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_the_fast_qwen_has_the_plain_ones_states_and_gradients(tmp_path, kind):
+    make_qwen(tmp_path, kind)
+    prompts, answers = [[5, 6, 7], [8], [5, 6, 7]], [[1, 2], [3], [4, 5, 6, 7]]
+    lengths, results = torch.tensor([2, 6, 1]), []
+    for decoder in (load_decoder(tmp_path), FastQwen.from_pretrained(tmp_path)):
+        for _ in range(2):  # the second time the prompts' keys are known
+            audio = noise(3 * 6 * decoder.width).view(3, 6, -1).requires_grad_()
+            states = decoder.answer_states(audio, lengths, prompts, answers)  # (7, D)
+            (states * torch.arange(1, 8)[:, None]).sum().backward()
+            results += [states.detach(), audio.grad]
+    for ours, plain in zip(results[2:], results[:2] * 3):
+        assert_close(ours, plain)
 
 
 @pytest.mark.filterwarnings("ignore")
