@@ -1,4 +1,4 @@
-"""A frozen Qwen for training on a CPU: the same losses and gradients in less time.
+"""A frozen Qwen for training on CPUs: the same losses and gradients in less time.
 
     torchrun --nproc-per-node=2 tests/recipe/fast_qwen.py train.py ...
 
@@ -56,6 +56,8 @@ class FastQwen(QwenDecoder):
         return torch.nn.utils.rnn.pad_sequence(known).permute(3, 2, 1, 0, 4, 5)
 
     def answer_states(self, audio, lengths, prompts, answers):
+        if self.lm_head.weight.requires_grad:
+            raise ValueError("fast_qwen.py needs a frozen decoder: leave out --lr-decoder")
         chats = self.layout(lengths, [[]] * len(prompts), answers)  # behind the prompts
         x = self.embed(chats, audio, lengths).to(self.embed_tokens.weight.dtype)  # (B, L, D)
         length, before = x.shape[1], torch.tensor([len(prompt) for prompt in prompts])

@@ -58,13 +58,17 @@ python "$here/tests/recipe/choose.py" clips $part part "${suite[@]}" "${others[@
 
 # ---- runs: through the frozen Qwen, one loss, all eleven tasks. At first the adapter trains alone,
 # or its random start would reach the encoder. `command` is one synthesizer's voice, so it comes
-# half as often as the others; `transcribe`, with the most words and voices, twice. Two processes,
-# for two CPU cores: batches of 2 x 24 s.
+# half as often as the others; `transcribe`, with the most words and voices, twice. An update is
+# two batches of 24 s: of two CPU cores, or one after the other on a GPU.
+train=(torchrun --standalone --nproc-per-node=2 "$here/tests/recipe/fast_qwen.py" train.py
+    --threads 1)
+if python -c 'import torch; exit(not torch.cuda.is_available())'; then
+    train=(python "$here/train.py" --accumulate 2)
+fi
 for seed in $seeds; do
     # The C library keeps what an update frees: on a CPU a tenth faster.
     [ -f "seed-$seed/encoder/config.json" ] || MALLOC_TRIM_THRESHOLD_=-1 MALLOC_MMAP_MAX_=0 \
-        torchrun --standalone --nproc-per-node=2 "$here/tests/recipe/fast_qwen.py" train.py \
-        --resume --seed "$seed" --out "seed-$seed" --threads 1 \
+        "${train[@]}" --resume --seed "$seed" --out "seed-$seed" \
         --data suite/*.jsonl --silence "$silence" \
         --encoder "$untouched" --decoder weights/qwen2.5-0.5b --stack 8 \
         --task-weights caption=1 command=0.5 drum=1 game_sound=1 instrument=1 language=1 pitch=1 \
