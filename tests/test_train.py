@@ -147,7 +147,7 @@ def gradient(world, out, loss, sizes):
 
     def plain_sgd(s, model, state):
         trained = [p for p in model.parameters() if p.requires_grad]
-        return (torch.optim.SGD([dict(params=trained, name="all")], lr=1.0),
+        return (torch.optim.SGD([dict(params=trained, name="all", scale=1.0)], lr=1.0),
                 torch.amp.GradScaler("cpu", enabled=False))
 
     with pytest.MonkeyPatch.context() as patch:
@@ -198,6 +198,24 @@ def test_the_decoder_trains_only_with_a_rate_of_its_own(world, rate):
     batch = Batches(Rows(world.data), model.decoder.tokenizer, RATE)[0, [0, 1]]
     train.wrap(s, model)(batch).sum().backward()
     assert {id(p) for p in model.parameters() if p.grad is not None} == held
+
+
+def test_lower_layers_of_the_encoder_have_lower_rates(world):
+    s = train.parse(options(world, "unused", layer_decay=0.5))
+    model = train.build_model(s, None)
+    optimizer, _ = train.build_optimizer(s, model, dict(step=0))
+    scale = {id(p): group["scale"] for group in optimizer.param_groups for p in group["params"]}
+    scale = {name: scale[id(p)] for name, p in model.named_parameters() if id(p) in scale}
+    last = len(model.encoder.layers) - 1
+    assert last > 0
+    for name, found in scale.items():
+        wanted = 1.0  # the adapter, and the norm behind the layers
+        if name.startswith("encoder.layers."):
+            wanted = 0.5 ** (last - int(name.split(".")[2]))
+        elif name.startswith("encoder.conv"):
+            wanted = 0.5 ** (last + 1)
+        assert found == wanted, name
+    assert optimizer.param_groups[-1]["scale"] == 1
 
 
 def test_schedule():
