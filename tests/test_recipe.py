@@ -70,13 +70,24 @@ def scores(path, silence=1.0, **tasks):
                                 "encoders": {"encoder": {"tasks": tasks}}}))
 
 
-def test_the_share_of_the_best_mean_of_suite_and_others(tmp_path, capsys):
-    for share, own, other in ((1, .9, .3), (0.5, .6, .7), (0.25, .6, .7)):
-        scores(tmp_path / f"share-{share}.json", drum=(own, own), voice=(own, own),
+def choose_share(folder, capsys, shares):
+    """{share: (the suite's scores, command_flite's)} -> what choose.py prints; untouched has .7."""
+    for share, (own, other) in shares.items():
+        scores(folder / f"share-{share}.json", drum=(own, own), voice=(own, own),
                caption=(None, own), command_flite=(other, other))
-    choose.main(["share", *map(str, sorted(tmp_path.glob("*.json")))])
-    out, err = capsys.readouterr()
-    assert out == "0.25\n" and "share 1: 0.6000" in err and "share 0.5: 0.6500" in err
+    scores(folder / "untouched.json", command_flite=(.7, .7))
+    choose.main(["share", *map(str, [folder / "untouched.json", *folder.glob("share-*.json")])])
+    return capsys.readouterr()
+
+
+def test_the_share_of_the_best_mean_that_keeps_other_sources(tmp_path, capsys):
+    out, err = choose_share(tmp_path, capsys, {1: (.9, .67), 0.5: (.6, .69), 0.25: (.6, .69)})
+    assert out == "0.25\n"
+    assert "share 1: 0.7850, loses 0.0300" in err and "share 0.5: 0.6450, loses 0.0100" in err
+
+
+def test_the_share_that_loses_least_if_all_lose_much(tmp_path, capsys):
+    assert choose_share(tmp_path, capsys, {1: (.9, .3), 0.5: (.6, .6)}).out == "0.5\n"
 
 
 def test_fewer_clips_are_the_same_each_time(tmp_path):
