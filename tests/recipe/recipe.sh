@@ -38,7 +38,7 @@ manifests() {  # FOLDER TASK...: those that are to be probed
 probe() {  # JSON ENCODER SILENCE FLAGS...; probe.py writes after each task: renamed when whole
     [ ! -f "$1" ] || return 0
     mkdir -p "$(dirname "$1")"
-    python "$here/probe.py" --precision bf16 --cache cache --encoder "$2" --silence "$3" \
+    python "$here/probe.py" --precision "$precision" --cache cache --encoder "$2" --silence "$3" \
         --json "$1.part" "${@:4}"
     mv "$1.part" "$1"
 }
@@ -97,6 +97,9 @@ finish 0
 
 # ---- the share, on valid splits
 first=seed-${seeds%% *}
+# Probes run the encoder in training's precision: bf16 where that is fast. On a CPU without it, bf16
+# takes many times as long.
+precision=$(sed -n 's/.*"precision": "\(.*\)".*/\1/p' "$first/config.json")
 on_valid() { probe "$1" "$2" "$silence" --on valid --seeds 1 --data "${suite[@]}" "${choice[@]}"; }
 on_valid valid/untouched.json "$untouched"
 for share in $shares; do
