@@ -1,5 +1,6 @@
 """probe.py: metrics, neighbours and probes against scikit-learn and code written out, choice on
 valid, cache, X-ARES tars, bad input."""
+import importlib
 import json
 import math
 import os
@@ -135,6 +136,12 @@ def test_segment_f1_by_hand():
     assert probe.segment_f1(scores, y, clip, 1.0, "micro", 0.03) == 1
     y[33, 0], y[34, 0] = False, True
     assert probe.segment_f1(scores, y, clip, 1.0, "micro", 0.03) == 0
+    # 0.1 s are five tokens, minutes into a clip, too: in every second segment the first token
+    # has the class, and it is found in the last
+    token = torch.arange(30_000)[:, None]
+    scores = torch.where(token % 10 == 4, 1.0, -1.0)
+    owner = torch.zeros(30_000, dtype=torch.long)
+    assert probe.segment_f1(scores, token % 10 == 0, owner, 0.1, "micro", 0.02) == 1
 
 
 def test_recall_at_1_by_hand():
@@ -410,6 +417,19 @@ def test_cache_knows_weights_clips_and_settings(tmp_path, encoder):
     assert torch.allclose(again[1:], first[1:], atol=1e-5)
     path.write_text("".join(path.read_text().splitlines(True)[1:]))  # a clip less
     assert len(features()) == 11
+
+
+def test_cache_knows_the_code_of_an_encoder_of_ones_own(tmp_path, encoder, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    marks = set()
+    for name, gain in (("one_encoder", 1), ("another_encoder", 2)):
+        (tmp_path / f"{name}.py").write_text(
+            f"import uniwhisper\nGAIN = {gain}  # used by Own\n"
+            "class Own(uniwhisper.WhisperEncoder):\n    pass\n")
+        own = importlib.import_module(name).Own(encoder.config)
+        own.load_state_dict(encoder.state_dict())
+        marks |= {probe.fingerprint(own), probe.fingerprint(own)}
+    assert len(marks) == 2
 
 
 # ---------------------------------------------------------------- the command line
@@ -694,6 +714,8 @@ def test_bad_flags(tmp_path, folder):
     assert "Not a directory" in probed("--data", path, "--cache", path / "cache")
     for flag, value in (("--seeds", 0), ("--batch-seconds", "nan")):
         assert "must be positive" in probed("--data", path, flag, value)
+    for flag in ("--hidden", "--epochs"):
+        assert "must be 0 or more" in probed("--data", path, flag, -1)
     assert probed("--data", path, "--no-such-flag", "1") == 2
     (tmp_path / "env" / "esc50").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"wds-audio-fold-1-\*.tar: No such file"):

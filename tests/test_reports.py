@@ -351,7 +351,7 @@ def test_what_a_checkpoint_folder_lacks_is_named(tmp_path, whisper, qwen):
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     with pytest.raises(FileNotFoundError, match=r"\.bin files are not read: .* has safetensors"):
         load_encoder(tmp_path)
-    with pytest.raises(FileNotFoundError, match="give a folder, not a hub's name"):
+    with pytest.raises(FileNotFoundError, match="no such folder; is it a hub's name"):
         load_encoder("openai/whisper-base")
 
 

@@ -528,7 +528,7 @@ def test_a_runs_folder_or_a_hubs_name_in_place_of_a_checkpoint(whisper, tmp_path
     assert_one_line(e, str(tmp_path), "of a training run: OUT/encoder")
     with pytest.raises(FileNotFoundError) as e:
         load_decoder("Qwen/Qwen2.5-0.5B-Instruct")
-    assert_one_line(e, "Qwen/Qwen2.5-0.5B-Instruct/config.json is missing", "not a hub's name")
+    assert_one_line(e, "Qwen/Qwen2.5-0.5B-Instruct/config.json is missing", "is it a hub's name")
 
 
 @pytest.mark.parametrize("kind, has_source",
@@ -660,9 +660,21 @@ def test_encode_refuses_two_clips_of_one_name(whisper, tmp_path, monkeypatch):
     out = tmp_path / "f.safetensors"
     command(monkeypatch, "encode", manifests[0], same, "--encoder", whisper[0], "--out", out)
     assert load_file(out).keys() == {"a.wav"}
+    monkeypatch.chdir(tmp_path / "one")  # the file and its row
+    command(monkeypatch, "encode", "a.wav", "rows.jsonl", "--encoder", whisper[0], "--out", out)
+    assert load_file(out).keys() == {"a.wav"}
     with pytest.raises(SystemExit) as e:
         command(monkeypatch, "encode", *manifests, "--encoder", whisper[0], "--out", out)
     assert_one_line(e, f"error: {manifests[1]}: a.wav is also another clip's name")
+
+
+def test_encode_refuses_a_folder_without_audio(whisper, tmp_path, monkeypatch):
+    write_clip(tmp_path / "a.wav", tone(0.2))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(SystemExit) as e:
+        command(monkeypatch, "encode", tmp_path / "a.wav", tmp_path / "empty", "--encoder",
+                whisper[0], "--out", tmp_path / "f.safetensors")
+    assert_one_line(e, f"error: {tmp_path}/empty: holds no audio")
 
 
 @pytest.mark.parametrize("words", [
