@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# README's result, from the weights to the picture. What is done is not done again: take a new OUT
+# README's recipe, from the weights to the picture. What is done is not done again: take a new OUT
 # for other settings.
 #
 #     tests/recipe/recipe.sh WEIGHTS OUT
