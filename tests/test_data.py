@@ -785,7 +785,7 @@ def test_when_nothing_can_be_read_that_soon_is_an_error(rows, tried, tmp_path):
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_workers_leave_signals_to_the_main_process(sent, manifest):
-    process = subprocess.Popen([sys.executable, "-c", """
+    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", """
 import signal, sys, time
 from data import Batches, Rows, loader
 class Ids:
