@@ -882,7 +882,7 @@ def test_what_an_index_holds_is_checked_by_those_who_use_it(tmp_path):
 
 def test_an_index_of_files_that_changed_and_other_misuse_are_refused(index, tmp_path):
     path, files = index
-    with pytest.raises(ValueError, match="all.index:1: not JSON"):
+    with pytest.raises(ValueError, match=r"all.index: .* an index \(give it alone\)"):
         Rows([path, files[0]])
     for name, raw in (("no.index", b"{"), ("cut.index", Path(path).read_bytes()[:-100])):
         (tmp_path / name).write_bytes(raw)

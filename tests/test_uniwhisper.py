@@ -454,7 +454,7 @@ def cut_weights(folder):
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
 BAD_FOLDERS = {  # what is done to a good folder, and what the one line must name
     "no config": (remove("config.json"), "config.json is missing"),
-    "config is not JSON": (write("config.json", "{"), "config.json is damaged ("),
+    "config is not JSON": (write("config.json", "{"), "config.json is unusable ("),
     "another architecture": (edit_config(model_type="llama"), "model_type is 'llama'"),
     "yarn positions": (edit_config(rope_parameters={"rope_type": "yarn"}), "rope_type is 'yarn'"),
     "yarn, older place": (edit_config(rope_parameters=None, rope_scaling={"type": "yarn"}),
@@ -465,10 +465,11 @@ BAD_FOLDERS = {  # what is done to a good folder, and what the one line must nam
                        "num_key_value_heads is None; need a whole number above 0"),
     "missing shard": (remove("model-00002*"), "model-00002"),
     "no weights": (remove("*.index.json"), "model.safetensors"),
-    "damaged weights": (cut_weights, "is damaged"),
+    "damaged weights": (cut_weights, "is unusable"),
     "no tokenizer": (remove("tokenizer.json"), "tokenizer.json is missing"),
     "damaged tokenizer": (write("tokenizer.json", "{"), "tokenizer.json"),
-    "no chat tokens": (lambda folder: make_tokenizer(folder, ()), "lacks the token <|im_start|>"),
+    "no chat tokens": (lambda folder: make_tokenizer(folder, ()),
+                       "is unusable (lacks the token <|im_start|>"),
     "a Git LFS pointer": (write("tokenizer.json", LFS), "run `git lfs pull`"),
 }
 
